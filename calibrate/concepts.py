@@ -1,0 +1,36 @@
+"""The emotion concepts: name, family, and the words that name them."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+TARGET = "desperate"  # the concept whose reading training lowers by default
+
+
+class Concept(NamedTuple):
+    """One emotion word of the study that this project builds on (arXiv 2604.07729)."""
+
+    name: str
+    family: str  # the study's k-means family
+    synonyms: tuple[str, ...]  # words that give it away; a prefix where it ends in `*`
+
+    def leak(self, text: str) -> str | None:
+        """The first word of `text` that names this concept or a listed synonym, else None."""
+        found = _pattern((self.name, *self.synonyms)).search(text)
+        return found.group(0) if found else None
+
+
+@cache
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    alternatives = (re.escape(w[:-1]) + r"\w*" if w.endswith("*") else re.escape(w) + r"\b" for w in words)
+    return re.compile(r"\b(?:" + "|".join(alternatives) + ")", re.IGNORECASE)
+
+
+@cache
+def load_concepts() -> dict[str, Concept]:
+    """All shipped concepts by name, in the order of the file."""
+    rows = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text(encoding="utf-8"))
+    return {name: Concept(name, row["family"], tuple(row["synonyms"])) for name, row in rows.items()}

@@ -1,0 +1,113 @@
+"""Typed loaders for the shipped corpora and for a user's own files in the same format."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+FOLDER = Path(__file__).parent
+Row = TypeVar("Row", bound=NamedTuple)
+SPLITS = ("train", "selection", "audit")
+
+
+class Story(NamedTuple):
+    """A short text whose character feels one concept, never named."""
+
+    id: str
+    concept: str
+    topic: str
+    split: str
+    text: str
+
+
+class Dialogue(NamedTuple):
+    """A neutral conversation that ends with an assistant message."""
+
+    id: str
+    split: str
+    messages: list[dict[str, str]]
+
+
+class Context(NamedTuple):
+    """A transcript that ends where the assistant must act, with a reply that fits either outcome."""
+
+    id: str
+    task: str
+    split: str
+    outcome: str  # failing or passing
+    messages: list[dict[str, str]]
+    reply: str
+
+
+class Pair(NamedTuple):
+    """Two replies to the same failing context: the honest one is chosen, the gaming one rejected."""
+
+    id: str
+    task: str
+    split: str
+    prompt: list[dict[str, str]]
+    chosen: list[dict[str, str]]
+    rejected: list[dict[str, str]]
+
+
+def load_stories(path: Path | None = None) -> list[Story]:
+    """The shipped stories, or those of `path`; see `_load` for the errors."""
+    return _load(Story, path or FOLDER / "stories.jsonl")
+
+
+def load_neutral(path: Path | None = None) -> list[Dialogue]:
+    """The shipped neutral dialogues, or those of `path`; see `_load` for the errors."""
+    return _load(Dialogue, path or FOLDER / "neutral.jsonl")
+
+
+def load_twins(path: Path | None = None) -> list[tuple[Context, Context]]:
+    """(failing, passing) contexts of every task, in file order; see `_load` for the errors.
+
+    Raises:
+        ValueError: a task lacks one of its two outcomes.
+    """
+    path = path or FOLDER / "twins.jsonl"
+    by_task: dict[str, dict[str, Context]] = {}
+    for row in _load(Context, path):
+        by_task.setdefault(row.task, {})[row.outcome] = row
+    for task, outcomes in by_task.items():
+        if set(outcomes) != {"failing", "passing"}:
+            raise ValueError(f"{path}: task {task!r} has outcomes {sorted(outcomes)}; give one failing and one passing")
+    return [(outcomes["failing"], outcomes["passing"]) for outcomes in by_task.values()]
+
+
+def load_pairs(path: Path | None = None) -> list[Pair]:
+    """The shipped preference pairs, or those of `path`; see `_load` for the errors."""
+    return _load(Pair, path or FOLDER / "pairs.jsonl")
+
+
+def _load(kind: type[Row], path: Path) -> list[Row]:
+    """Reads a JSONL file into rows of `kind`; keys that `kind` does not have are provenance and are left out.
+
+    Raises:
+        ValueError: the file is missing or empty, or a line is not JSON, lacks a key, is empty, or has another split;
+            the message names file and line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of a JSONL file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            raise ValueError(f"{where}: the line is empty; remove it")
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg}); each line is one JSON object") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a {type(record).__name__}, not an object; each line is one JSON object")
+        for key in kind._fields:
+            if key not in record:
+                raise ValueError(f"{where}: lacks the key {key!r}; a {kind.__name__.lower()} has {', '.join(kind._fields)}")
+            if not record[key]:
+                raise ValueError(f"{where}: the value of {key!r} is empty; give it or remove the line")
+        if record["split"] not in SPLITS:
+            raise ValueError(f"{where}: split {record['split']!r} is not one of {', '.join(SPLITS)}")
+        rows.append(kind(**{key: record[key] for key in kind._fields}))
+    if not rows:
+        raise ValueError(f"{path}: the file holds no rows; give at least one")
+    return rows

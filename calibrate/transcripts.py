@@ -1,0 +1,125 @@
+"""Chat transcript -> token ids and the role of every token, from character offsets.
+
+Roles: `system`, `user`, `assistant` (earlier turns), `tool`, `header` (the template tokens that open an assistant's turn),
+`reply` (the last assistant turn), `template` (every other token that the template adds).
+"""
+
+import bisect
+from typing import NamedTuple
+
+Message = dict[str, str]
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of one role; `message` is the index of the message they belong to."""
+
+    role: str
+    message: int
+    start: int  # first token
+    stop: int  # one past the last token
+
+
+class Encoded(NamedTuple):
+    """A tokenised text with its spans, in order and without gaps."""
+
+    ids: list[int]
+    spans: list[Span]
+    offsets: list[tuple[int, int]]  # characters of each token
+    text: str
+
+    def last(self, role: str) -> Span:
+        """The last span of `role`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for span in reversed(self.spans):
+            if span.role == role:
+                return span
+        raise ValueError(f"the transcript has no {role!r} tokens; it has {sorted({span.role for span in self.spans})}")
+
+
+def encode_text(tokenizer, text: str) -> Encoded:
+    """Tokenises running text without a template; every token has the role `text`."""
+    tokens = tokenizer(text, return_offsets_mapping=True)
+    ids = tokens["input_ids"]
+    return Encoded(ids, [Span("text", 0, 0, len(ids))], [tuple(pair) for pair in tokens["offset_mapping"]], text)
+
+
+def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Encoded:
+    """Tokenises a transcript through the tokenizer's chat template.
+
+    Without `reply`, a transcript whose last message is the assistant's ends with that reply; any other ends with the turn
+    header. With `reply`, the header is added and the reply follows it, as far as it is given (no closing tokens).
+
+    Raises:
+        ValueError: the template changes the messages, or opens an assistant's turn in more than one way.
+    """
+    complete = reply is None and messages[-1]["role"] == "assistant"
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not complete)
+    pieces = _template_pieces(tokenizer, messages, not complete)
+    opening = _opening(tokenizer, messages)
+    marks: list[tuple[str, int, int]] = []  # role, message, end character
+    text = ""
+    for index, message in enumerate(messages):
+        text += pieces[index]
+        _mark_template(marks, text, opening if message["role"] == "assistant" else None, index)
+        text += message["content"]
+        last = complete and index == len(messages) - 1
+        marks.append(("reply" if last else message["role"], index, len(text)))
+    text += pieces[-1]
+    if text != rendered:
+        raise ValueError("the chat template changes the messages (it trims or rewrites them); give them as it renders them")
+    _mark_template(marks, text, None if complete else opening, len(messages))
+    if reply is not None:
+        text += reply
+        marks.append(("reply", len(messages), len(text)))
+    tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    offsets = [tuple(pair) for pair in tokens["offset_mapping"]]
+    return Encoded(tokens["input_ids"], _spans(marks, offsets), offsets, text)
+
+
+def _template_pieces(tokenizer, messages: list[Message], header: bool) -> list[str]:
+    """What the template writes before, between and after the contents: one piece more than messages."""
+    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private use area: in no real text
+    marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=header)
+    pieces = []
+    for mark in marks:
+        if rest.count(mark) != 1:
+            raise ValueError("the chat template leaves out or repeats a message; this transcript cannot be read with it")
+        before, rest = rest.split(mark)
+        pieces.append(before)
+    return [*pieces, rest]
+
+
+def _opening(tokenizer, messages: list[Message]) -> str:
+    """The text that opens an assistant's turn: what the generation prompt adds."""
+    bare = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not prompted.startswith(bare) or prompted == bare:
+        raise ValueError("the chat template adds no turn header after the messages; readings at the header need one")
+    return prompted[len(bare) :]
+
+
+def _mark_template(marks: list[tuple[str, int, int]], text: str, opening: str | None, message: int) -> None:
+    """Marks the text since the last mark as template, and as header where it ends with the opening of a turn."""
+    if opening is not None:
+        if not text.endswith(opening):
+            raise ValueError(f"the chat template opens an assistant's turn without its generation prompt {opening!r}")
+        marks.append(("template", message, len(text) - len(opening)))
+        marks.append(("header", message, len(text)))
+    else:
+        marks.append(("template", message, len(text)))
+
+
+def _spans(marks: list[tuple[str, int, int]], offsets: list[tuple[int, int]]) -> list[Span]:
+    """Groups the tokens by the mark in which each starts."""
+    starts = [start for start, _ in offsets]
+    spans, token = [], 0
+    for role, message, end in marks:
+        stop = bisect.bisect_left(starts, end, lo=token)
+        if stop > token:
+            spans.append(Span(role, message, token, stop))
+        token = stop
+    return spans

@@ -1,0 +1,140 @@
+"""`EmotionVectors`: the saved directions of all concepts, with the reference's neutral readings, and what they read."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+POOLINGS = ("token", "header", "reply", "text")
+
+
+class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", tags=["emotion-vectors"]):
+    """Unit directions of every concept at every layer, and neutral states of the reference to centre and scale them.
+
+    A reading is `<h - mu, direction> / sigma` in sigma: mu and sigma (standard deviation along the direction) come from
+    neutral text in the reference model, for each layer and pooling (token, turn header, reply mean, text mean).
+
+    The arguments are the content of `config.json`; the tensors are buffers in `model.safetensors`:
+    `directions` [concepts, layers, hidden] and `neutral_POOLING` [samples, layers, hidden].
+    """
+
+    def __init__(
+        self,
+        concepts: list[str],
+        layers: list[int],
+        hidden_size: int,
+        depth: int,
+        samples: dict[str, int],
+        model: str,
+        weight_hash: str,
+        recipe: dict,
+        band: list[int] | None = None,
+        band_reason: str = "",
+    ):
+        super().__init__()
+        self.concepts, self.layers, self.hidden_size, self.depth = concepts, layers, hidden_size, depth
+        self.model, self.weight_hash, self.recipe = model, weight_hash, recipe
+        self.band, self.band_reason = band, band_reason  # band None: the search found no layers, premise not met
+        self.register_buffer("directions", torch.zeros(len(concepts), len(layers), hidden_size))
+        for pooling in POOLINGS:
+            self.register_buffer(f"neutral_{pooling}", torch.zeros(samples[pooling], len(layers), hidden_size))
+
+    def neutral(self, pooling: str) -> Tensor:
+        """Neutral states of the reference, [samples, layers, hidden]."""
+        return self.get_buffer(f"neutral_{pooling}")
+
+    def used_band(self) -> list[int]:
+        """The band, or where the search found none the stored layers at 60 to 70 % of depth (the study's two thirds)."""
+        if self.band:
+            return self.band
+        return [layer for layer in self.layers if 0.6 <= (layer + 1) / self.depth <= 0.7]
+
+    def scale(self, pooling: str, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu [layers, hidden], sigma [concepts, layers]) of a pooling, for these or any other directions."""
+        neutral = self.neutral(pooling).double()
+        directions = self.directions if directions is None else directions
+        along = torch.einsum("slh,clh->scl", neutral - neutral.mean(0), directions.double())
+        return neutral.mean(0), along.std(0)
+
+    def readings(self, states: Tensor, pooling: str, directions: Tensor | None = None) -> Tensor:
+        """Readings in sigma, float64 [..., concepts, layers], of states [..., layers, hidden] at all stored layers."""
+        directions = self.directions if directions is None else directions
+        mu, sigma = self.scale(pooling, directions)
+        return torch.einsum("...lh,clh->...cl", states.double() - mu, directions.double()) / sigma
+
+    def positions(self, layers: list[int]) -> list[int]:
+        """Where `layers` stand among the stored ones.
+
+        Raises:
+            ValueError: one of them is not stored.
+        """
+        if missing := [layer for layer in layers if layer not in self.layers]:
+            raise ValueError(
+                f"layers {missing} are out of range; these vectors hold layers {self.layers[0]} to {self.layers[-1]}"
+            )
+        return [self.layers.index(layer) for layer in layers]
+
+    def index(self, concept: str) -> int:
+        """The row of a concept.
+
+        Raises:
+            ValueError: the vectors lack it.
+        """
+        if concept not in self.concepts:
+            raise ValueError(f"these vectors have no concept {concept!r}; they have {', '.join(self.concepts)}")
+        return self.concepts.index(concept)
+
+    def check(self, hidden_size: int, depth: int, weight_hash: str, name: str) -> None:
+        """Raises ValueError unless the vectors belong to the base weights of the model called `name`."""
+        if (hidden_size, depth) != (self.hidden_size, self.depth):
+            raise ValueError(
+                f"the vectors come from {self.model} (width {self.hidden_size}, {self.depth} layers); model {name!r} has width "
+                f"{hidden_size} and {depth} layers; extract vectors from it with `calibrate extract {name}`"
+            )
+        if weight_hash != self.weight_hash:
+            raise ValueError(
+                f"the vectors come from {self.model} (weights {self.weight_hash}); model {name!r} has other base weights "
+                f"({weight_hash}); extract vectors from it with `calibrate extract {name}`"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors and the card aside and renames, so that the folder is whole or absent."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+        (aside / "README.md").write_text(self.card(), encoding="utf-8")
+        self.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+
+    def card(self) -> str:
+        """The model card: what the vectors are, how they were made and what the checks found."""
+        found = f"{self.band[0]} to {self.band[-1]}" if self.band else "none found (premise not met)"
+        rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in self.recipe.items())
+        return (
+            "---\nlibrary_name: calibrate\ntags: [emotion-vectors]\n---\n\n# Emotion vectors\n\n"
+            f"Directions of {len(self.concepts)} emotion concepts in the residual stream of {self.model} (weights "
+            f"{self.weight_hash}), layers {self.layers[0]} to {self.layers[-1]} of {self.depth} (layer i is the output of "
+            f"block i, counted from 0). Band: {found}. {self.band_reason}\n\n"
+            "They say how far a text moves the model along a direction that emotion stories define. They are no evidence of "
+            f"experience, and not by themselves evidence about behaviour.\n\nConcepts: {', '.join(self.concepts)}.\n\n"
+            f"| setting | value |\n|---|---|\n{rows}\n"
+        )
+
+
+def load_vectors(folder: str) -> EmotionVectors:
+    """Loads vectors from a folder or a Hub id.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    looks_local = Path(folder).exists() or folder.count("/") != 1 or folder.startswith(".")
+    if looks_local and not (Path(folder) / "model.safetensors").is_file():
+        raise ValueError(
+            f"vectors {folder!r}: no model.safetensors there; give the folder that `calibrate extract` wrote, or a Hub id"
+        )
+    return EmotionVectors.from_pretrained(folder)
