@@ -196,3 +196,30 @@ def make_vectors(
     for pooling, rows in neutral.items():
         vectors.neutral(pooling).copy_(rows)
     return vectors
+
+
+def of_split(read: StoryStates, split: str) -> StoryStates:
+    """The stories of one split of topics."""
+    rows = [i for i, story in enumerate(read.stories) if story.split == split]
+    return StoryStates([read.stories[i] for i in rows], read.states[rows])
+
+
+def choose_band(
+    checkpoint: Checkpoint, vectors: EmotionVectors, target: str, twins: list[tuple[Context, Context]], read: StoryStates
+) -> None:
+    """Searches the band on selection tasks and topics and keeps it, with its reason, in the vectors.
+
+    Raises:
+        ValueError: there are no selection tasks or stories.
+    """
+    held_out, train = of_split(read, "selection"), of_split(read, "train")
+    if not twins or not held_out.stories or not train.stories:
+        raise ValueError('the band search needs contexts and stories with `"split": "selection"` and stories with "train"')
+    failing, passing = (
+        header_states(checkpoint, [twin[side] for twin in twins], vectors.layers, f"reading {name} selection tasks")
+        for side, name in ((0, "failing"), (1, "passing"))
+    )
+    accuracy = held_out_accuracy(vectors.directions, vectors.concepts, train, held_out)
+    band = search_band(vectors, target, failing, passing, accuracy)
+    figures = {"contrast": band.contrast, "random_95": band.random, "held_out_accuracy": band.accuracy}
+    vectors.set_band(band.layers, band.reason, figures)

@@ -30,6 +30,7 @@ class Checkpoint(NamedTuple):
     name: str  # what the user asked for
     source: str  # the Hub id or folder it came from
     weight_hash: str  # of the base weights; an adapter does not change it
+    adapter_hash: str | None = None  # of the adapter's file
 
 
 def cache_folder() -> Path:
@@ -69,12 +70,18 @@ def load(
             f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
             "`tokenizer.chat_template` and save it"
         )
+    if source == str(default_folder()):
+        # An adapter that is trained on it names its base by this, on any machine.
+        model.name_or_path = model.config._name_or_path = DEFAULT_REPOSITORY
     weight_hash = hash_weights(model)
+    adapter_hash = None
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
-    return Checkpoint(model.eval(), tokenizer, name, source, weight_hash)
+        # `.bin` adapters are pickles.
+        model = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+        adapter_hash = hash_weights(model)
+    return Checkpoint(model.eval(), tokenizer, name, source, weight_hash, adapter_hash)
 
 
 def _resolve(name: str) -> tuple[str, str | None]:
@@ -115,10 +122,15 @@ def resolve_default() -> str:
     """
     if _hub_has_it():
         return DEFAULT_REPOSITORY
-    folder = cache_folder() / f"smollm2-135m-instruct-v{_CONVERSION}"
+    folder = default_folder()
     if not (folder / "config.json").is_file():
         _convert(_wheel_file(), folder)
     return str(folder)
+
+
+def default_folder() -> Path:
+    """Where the converted default model is kept."""
+    return cache_folder() / f"smollm2-135m-instruct-v{_CONVERSION}"
 
 
 def _hub_has_it() -> bool:
@@ -169,7 +181,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    model.config._name_or_path = DEFAULT_REPOSITORY
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     try:

@@ -35,24 +35,37 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         recipe: dict,
         band: list[int] | None = None,
         band_reason: str = "",
+        band_search: dict | None = None,
     ):
         super().__init__()
         self.concepts, self.layers, self.hidden_size, self.depth = concepts, layers, hidden_size, depth
         self.model, self.weight_hash, self.recipe = model, weight_hash, recipe
-        self.band, self.band_reason = band, band_reason  # band None: the search found no layers, premise not met
+        self.set_band(band, band_reason, band_search)  # band None: the search found no layers, premise not met
         self.register_buffer("directions", torch.zeros(len(concepts), len(layers), hidden_size))
         for pooling in POOLINGS:
             self.register_buffer(f"neutral_{pooling}", torch.zeros(samples[pooling], len(layers), hidden_size))
+
+    def set_band(self, band: list[int] | None, reason: str, search: dict | None = None) -> None:
+        """Keeps the outcome of the band search: layers, reason in words, and the figures of every layer."""
+        self.band, self.band_reason, self.band_search = band, reason, search
 
     def neutral(self, pooling: str) -> Tensor:
         """Neutral states of the reference, [samples, layers, hidden]."""
         return self.get_buffer(f"neutral_{pooling}")
 
+    def neutral_at(self, pooling: str, layers: list[int]) -> Tensor:
+        """Neutral states at `layers`, [samples, layers, hidden]; raises ValueError where one is not stored."""
+        return self.neutral(pooling)[:, self.positions(layers)]
+
     def used_band(self) -> list[int]:
-        """The band, or where the search found none the stored layers at 60 to 70 % of depth (the study's two thirds)."""
+        """The band, or where the search found none the stored layers at 60 to 70 % of depth (the study's two thirds).
+
+        A shallow model may have none there: then the one stored layer nearest to two thirds.
+        """
         if self.band:
             return self.band
-        return [layer for layer in self.layers if 0.6 <= (layer + 1) / self.depth <= 0.7]
+        around = [layer for layer in self.layers if 0.6 <= (layer + 1) / self.depth <= 0.7]
+        return around or [min(self.layers, key=lambda layer: abs((layer + 1) / self.depth - 2 / 3))]
 
     def scale(self, pooling: str, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [layers, hidden], sigma [concepts, layers]) of a pooling, for these or any other directions."""
@@ -107,9 +120,15 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
         (aside / "README.md").write_text(self.card(), encoding="utf-8")
-        self.save_pretrained(aside)
+        self.save_pretrained(aside, config=self.config())
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(aside, folder)
+
+    def config(self) -> dict:
+        """What `config.json` holds: the arguments that build these vectors, without the tensors."""
+        names = ("concepts", "layers", "hidden_size", "depth", "model", "weight_hash", "recipe", "band", "band_reason")
+        samples = {pooling: len(self.neutral(pooling)) for pooling in POOLINGS}
+        return {name: getattr(self, name) for name in names} | {"samples": samples, "band_search": self.band_search}
 
     def card(self) -> str:
         """The model card: what the vectors are, how they were made and what the checks found."""

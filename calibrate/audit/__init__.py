@@ -1,0 +1,1 @@
+"""What is measured about a checkpoint, independently of how it was trained."""

@@ -1,0 +1,43 @@
+"""What must stay: likelihood of neutral text, and nearness to the reference on it."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from calibrate import activations, transcripts
+from calibrate.corpora import Dialogue
+from calibrate.models import Checkpoint
+
+
+class Neutral(NamedTuple):
+    """Per dialogue, over the assistant's tokens, in nats per token."""
+
+    loss: np.ndarray  # negative log-likelihood; perplexity is exp of the mean
+    kl: np.ndarray | None  # KL(reference || model); None where the model carries no adapter to switch off
+
+
+@torch.no_grad()
+def read_neutral(checkpoint: Checkpoint, dialogues: list[Dialogue]) -> Neutral:
+    """Loss of the assistant's turns, and KL to the same model with its adapter disabled."""
+    adapter = hasattr(checkpoint.model, "disable_adapter")
+    losses, divergences = [], []
+    for dialogue in tqdm(dialogues, desc="reading neutral text", unit="text"):
+        encoded = transcripts.encode(checkpoint.tokenizer, dialogue.messages)
+        spans = [span for span in encoded.spans if span.role in ("assistant", "reply")]
+        targets = torch.tensor([token for span in spans for token in range(span.start, span.stop)])
+        scores = _log_probabilities(checkpoint.model, encoded.ids, targets - 1)
+        truth = torch.tensor(encoded.ids)[targets].to(scores.device)
+        losses.append(-scores.gather(1, truth[:, None]).mean().item())
+        if adapter:
+            with checkpoint.model.disable_adapter():
+                reference = _log_probabilities(checkpoint.model, encoded.ids, targets - 1)
+            divergences.append((reference.exp() * (reference - scores)).sum(-1).mean().item())
+    return Neutral(np.array(losses), np.array(divergences) if adapter else None)
+
+
+def _log_probabilities(model, ids: list[int], positions: torch.Tensor) -> torch.Tensor:
+    device = next(model.parameters()).device
+    batch = activations.collate([0], [ids], device)
+    return model(**batch.inputs, use_cache=False, logits_to_keep=positions.to(device)).logits[0].float().log_softmax(-1)

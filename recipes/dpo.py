@@ -1,0 +1,64 @@
+# /// script
+# dependencies = ["calibrate"]
+# ///
+"""
+Calibrated preference tuning: LoRA DPO on failing-test contexts with a penalty on the desperation reading.
+
+```bash
+accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/dpo.py \
+    --config recipes/smollm2-135m/dpo.yaml
+```
+
+Run the same command again after a stop: it resumes from the last checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+from calibrate import corpora, models
+from calibrate.training import runs
+from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.training.trainers import CalibratedDPOTrainer
+
+
+def main(training_args: CalibratedDPOConfig, model_args) -> None:
+    from datasets import Dataset
+    from trl import get_peft_config
+
+    twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"][: training_args.max_tasks]
+    tasks = {failing.task for failing, _ in twins}
+    pairs = [pair for pair in corpora.load_pairs() if pair.task in tasks][: training_args.max_pairs]
+    dialogues = [dialogue for dialogue in corpora.load_neutral() if dialogue.split == "train"]
+    stories = [story for story in corpora.load_stories() if story.split == "train"]
+
+    checkpoint = models.load(model_args.model_name_or_path, trust_remote_code=training_args.trust_remote_code)
+    peft_config = get_peft_config(model_args)
+    runs.keep_below_band(peft_config, training_args)
+    resume_from = runs.claim(training_args, model_args, [twins, pairs, dialogues, stories, checkpoint.weight_hash])
+    if resume_from == runs.FINISHED:
+        return print(f"{training_args.output_dir} already holds this run, finished; nothing to do")
+
+    trainer = CalibratedDPOTrainer(
+        model=checkpoint.model,
+        args=training_args,
+        processing_class=checkpoint.tokenizer,
+        train_dataset=Dataset.from_list([pair._asdict() for pair in pairs]),
+        peft_config=peft_config,
+        twins=twins,
+        dialogues=dialogues,
+        stories=stories,
+        weight_hash=checkpoint.weight_hash,
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model(training_args.output_dir)
+    runs.finish(trainer, Path(training_args.output_dir))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    from trl import ModelConfig, TrlParser
+
+    try:
+        main(*TrlParser((CalibratedDPOConfig, ModelConfig)).parse_args_and_config())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

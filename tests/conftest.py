@@ -1,0 +1,104 @@
+"""A tiny model and tokenizer, built here: the tests need no network and no downloads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # also keeps TRL's telemetry off
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from calibrate import corpora, extraction
+from calibrate.models import Checkpoint, hash_weights
+from calibrate.vectors import EmotionVectors
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEPTH, WIDTH = 5, 32
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keeps cached reference readings of one test away from another."""
+    monkeypatch.setenv("CALIBRATE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer trained on the shipped stories, with a ChatML template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([story.text for story in corpora.load_stories()[:80]], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory) -> Path:
+    """A random Qwen2 of five layers and width 32, saved with its tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=DEPTH,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder, tokenizer) -> Checkpoint:
+    """The tiny model, freshly loaded, in evaluation mode."""
+    model = Qwen2ForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    return Checkpoint(model, tokenizer, str(tiny_folder), str(tiny_folder), hash_weights(model))
+
+
+@pytest.fixture(scope="session")
+def tiny_vectors(tiny_folder, tokenizer, tmp_path_factory) -> Path:
+    """Vectors of the tiny model from the shipped training stories, saved; its band is layer 2, set by hand."""
+    model = Qwen2ForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    checkpoint = Checkpoint(model, tokenizer, str(tiny_folder), str(tiny_folder), hash_weights(model))
+    layers = extraction.candidate_layers(DEPTH)
+    stories = [story for story in corpora.load_stories() if story.split == "train"]
+    dialogues = [row for row in corpora.load_neutral() if row.split == "train"]
+    neutral = extraction.read_neutral(checkpoint, dialogues, layers)
+    read = extraction.read_stories(checkpoint, stories, layers)
+    vectors = extraction.make_vectors(checkpoint, read, neutral["token"], neutral, layers, {"split": "train"})
+    vectors.set_band([2], "set by the test")
+    folder = tmp_path_factory.mktemp("vectors") / "train"
+    vectors.save(folder)
+    return folder
+
+
+@pytest.fixture
+def planted() -> EmotionVectors:
+    """Vectors with two orthogonal directions, and neutral states of mean 0 and deviation 2 along every axis."""
+    torch.manual_seed(0)
+    vectors = EmotionVectors(
+        concepts=["desperate", "calm"], layers=[1, 2], hidden_size=8, depth=DEPTH,
+        samples={"token": 4000, "header": 4000, "reply": 4000, "text": 4000}, model="planted", weight_hash="0", recipe={},
+    )  # fmt: skip
+    vectors.directions[0, :, 0] = 1
+    vectors.directions[1, :, 1] = 1
+    for pooling in ("token", "header", "reply", "text"):
+        vectors.neutral(pooling).normal_(0, 2)
+    return vectors
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    """Writes rows (dicts, or raw lines) to a JSONL file."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
