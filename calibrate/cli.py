@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--vectors", required=True, help="the reference's vectors (frozen)")
     two.add_argument("--own-vectors", required=True, help="vectors extracted from this checkpoint on the audit topics")
     two.add_argument("--pairs", type=Path, help="JSONL of preference pairs (default: the shipped ones)")
-    two.add_argument("--max-tasks", type=int, help="audit the first so many tasks (default: all)")
+    two.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     two.add_argument("--max-pairs-per-task", type=int, help="read the first so many pairs of a task (default: all)")
     three = verbs.add_parser("compare", help="two audits -> report.html and report.json")
     three.add_argument("before", type=Path)
@@ -116,7 +116,8 @@ def audit(arguments: argparse.Namespace) -> None:
     vectors.index(arguments.target)
     if own.concepts != vectors.concepts or own.layers != vectors.layers:
         raise ValueError("`--vectors` and `--own-vectors` hold other concepts or layers; extract both with the same options")
-    twins = [t for t in corpora.load_twins(arguments.twins) if t[0].split == "audit"][: arguments.max_tasks]
+    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "audit"]
+    twins = corpora.spread(twins, arguments.max_tasks)
     tasks = [failing.task for failing, _ in twins]
     pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks]
     pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)]

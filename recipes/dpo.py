@@ -25,9 +25,10 @@ def main(training_args: CalibratedDPOConfig, model_args) -> None:
     from datasets import Dataset
     from trl import get_peft_config
 
-    twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"][: training_args.max_tasks]
+    twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"]
+    twins = corpora.spread(twins, training_args.max_tasks)
     tasks = {failing.task for failing, _ in twins}
-    pairs = [pair for pair in corpora.load_pairs() if pair.task in tasks][: training_args.max_pairs]
+    pairs = corpora.spread([pair for pair in corpora.load_pairs() if pair.task in tasks], training_args.max_pairs)
     dialogues = [dialogue for dialogue in corpora.load_neutral() if dialogue.split == "train"]
     stories = [story for story in corpora.load_stories() if story.split == "train"]
 

@@ -80,6 +80,13 @@ def load_pairs(path: Path | None = None) -> list[Pair]:
     return _load(Pair, path or FOLDER / "pairs.jsonl")
 
 
+def spread(rows: list, count: int | None) -> list:
+    """`count` evenly spaced rows in their order, so that a subset holds every topic; all where `count` is None."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
 def _load(kind: type[Row], path: Path) -> list[Row]:
     """Reads a JSONL file into rows of `kind`; keys that `kind` does not have are provenance and are left out.
 

@@ -59,8 +59,8 @@ class CalibratedDPOConfig(DPOConfig):
     reply_weight: float = field(default=1.0, metadata={"help": "Weight of the reply tokens in the reading terms."})
     reply_tokens: int = field(default=64, metadata={"help": "Reply tokens that are read, from the first."})
     contexts_per_step: int = field(default=2, metadata={"help": "Failing contexts, and as many twins, per micro-step."})
-    max_tasks: int | None = field(default=None, metadata={"help": "Train on the first so many tasks. Default: all."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs. Default: all."})
+    max_tasks: int | None = field(default=None, metadata={"help": "Train on so many evenly spaced tasks. Default: all."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Train on so many evenly spaced pairs. Default: all."})
     random_seed: int = field(default=0, metadata={"help": "Seed of the random direction of `arm: random`."})
 
     def __post_init__(self):

