@@ -1,7 +1,7 @@
 """Extraction against the bare forward pass of the cut body, on the same batches of the default model, side by side.
 
-Prints tokens per second of both and their ratio, pair by pair in turn (A B A B ...), so that a machine whose speed drifts
-does not decide. `python benchmarks/extraction.py [--pairs 9] [--stories 48]`
+Prints tokens per second of both and their ratio, pair by pair in turn (A B A B ...), so that a machine whose speed
+drifts does not decide. `python benchmarks/extraction.py [--pairs 9] [--stories 48]`
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
 
     checkpoint = models.load(arguments.model)
     model = checkpoint.model
-    depth = models.decoder(model).config.get_text_config().num_hidden_layers
+    depth = models.text_config(model).num_hidden_layers
     layers = extraction.candidate_layers(depth)
     stories = corpora.spread(corpora.load_stories(), arguments.stories)
     tokens = sum(len(transcripts.encode_text(checkpoint.tokenizer, story.text).ids) for story in stories)
@@ -47,9 +47,15 @@ def main() -> None:
     bare(), extracting()  # warm-up
     pairs = [(seconds(bare), seconds(extracting)) for _ in range(arguments.pairs)]
     ratios = sorted(plain / ours for plain, ours in pairs)
-    print(f"{len(stories)} stories, {tokens} tokens, layers {layers[0]} to {layers[-1]}, CPU seconds, {len(pairs)} pairs in turn")
+    print(
+        f"{len(stories)} stories, {tokens} tokens, layers {layers[0]} to {layers[-1]}, CPU seconds, {len(pairs)} "
+        f"pairs in turn"
+    )
     for name, column in (("bare cut body", 0), ("extraction", 1)):
-        print(f"{name:14} {tokens / statistics.median(pair[column] for pair in pairs):8.1f} tokens per CPU second (median)")
+        print(
+            f"{name:14} {tokens / statistics.median(pair[column] for pair in pairs):8.1f} tokens per CPU second "
+            f"(median)"
+        )
     print(f"ratio          {statistics.median(ratios):8.3f} (median; {ratios[0]:.3f} to {ratios[-1]:.3f})")
 
 

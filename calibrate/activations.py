@@ -1,11 +1,11 @@
 """The residual stream of chosen layers. The only file that knows what layer i is.
 
-Layer i is the output of block i, counted from 0: `hidden_states[i + 1]` of transformers, except for the last block, whose
-entry there has passed the final norm. Read by hooks, never from `hidden_states`.
+Layer i is the output of block i, counted from 0: `hidden_states[i + 1]` of transformers, except for the last block,
+whose entry there has passed the final norm. Read by hooks, never from `hidden_states`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Tap:
         return record
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[dict[int, Tensor]]:
+    def recording(self) -> Generator[dict[int, Tensor]]:
         """Collects layer -> [batch, tokens, hidden] of the one forward pass inside; every layer must have run."""
         self._on, self._states = True, {}
         states = self._states
@@ -148,17 +148,19 @@ def pooled(
         ValueError: a pool is empty.
     """
     if len(pools) != len(sequences):
-        raise ValueError(f"{len(sequences)} sequences but {len(pools)} lists of pools; give one list for each sequence")
+        raise ValueError(
+            f"{len(sequences)} sequences but {len(pools)} lists of pools; give one list for each sequence"
+        )
     result = None
-    for row, hidden in states(
-        model, sequences, layers, token_budget=token_budget, side=side, description=description
-    ):
+    for row, hidden in states(model, sequences, layers, token_budget=token_budget, side=side, description=description):
         means = []
         for pool in pools[row]:
             start, stop, _ = pool.indices(hidden.shape[1])
             start = max(start, SINK_TOKENS)
             if stop <= start:
-                raise ValueError(f"text {row} has no tokens left in the pool {pool.start}:{pool.stop}; it is too short")
+                raise ValueError(
+                    f"text {row} has no tokens left in the pool {pool.start}:{pool.stop}; it is too short"
+                )
             means.append(hidden[:, start:stop].mean(1, dtype=torch.float64))
         if result is None:
             result = torch.zeros(len(sequences), len(means), len(layers), hidden.shape[2], dtype=torch.float64)

@@ -27,14 +27,20 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--out", type=Path, required=True, help="folder to write")
     reading.add_argument("--target", default=TARGET, help="the target concept (default: %(default)s)")
     reading.add_argument("--neutral", type=Path, help="JSONL of neutral dialogues (default: the shipped ones)")
-    reading.add_argument("--twins", type=Path, help="JSONL of failing and passing contexts (default: the shipped ones)")
+    reading.add_argument(
+        "--twins", type=Path, help="JSONL of failing and passing contexts (default: the shipped ones)"
+    )
     reading.add_argument("--chat-template", type=Path, help="Jinja file, for a tokenizer without a chat template")
     reading.add_argument("--revision", help="revision of a Hub id")
     reading.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     reading.add_argument("--verbose", action="store_true", help="say more")
-    one = verbs.add_parser("extract", parents=[reading], help="stories -> vectors, one folder for each split of topics")
+    one = verbs.add_parser(
+        "extract", parents=[reading], help="stories -> vectors, one folder for each split of topics"
+    )
     one.add_argument("--stories", type=Path, help="JSONL of stories (default: the shipped ones)")
-    one.add_argument("--splits", nargs="+", default=["train"], help="splits of topics to extract from (default: train)")
+    one.add_argument(
+        "--splits", nargs="+", default=["train"], help="splits of topics to extract from (default: train)"
+    )
     one.add_argument("--layers", nargs="+", type=int, help="layers to store (default: 30 to 80 %% of depth)")
     one.add_argument("--reference", help="vectors of the reference, whose neutral text gives mu and sigma")
     two = verbs.add_parser("audit", parents=[reading], help="the emotional profile of a checkpoint")
@@ -61,15 +67,18 @@ def extract(arguments: argparse.Namespace) -> None:
     _check_splits(arguments.splits, stories)
     if arguments.target not in (concepts := {story.concept for story in stories}):
         raise ValueError(
-            f"the stories have none about the target {arguments.target!r}; they have {', '.join(sorted(concepts))}; set `--target`"
+            f"the stories have none about the target {arguments.target!r}; they have {', '.join(sorted(concepts))}; "
+            f"set `--target`"
         )
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
     twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "selection"]
     reference = load_vectors(arguments.reference) if arguments.reference else None
     checkpoint = _load(arguments)
-    config = models.decoder(checkpoint.model).config.get_text_config()
+    config = models.text_config(checkpoint.model)
     models.check_layers(arguments.layers or [], config.num_hidden_layers)
-    layers = arguments.layers or (reference.layers if reference else extraction.candidate_layers(config.num_hidden_layers))
+    layers = arguments.layers or (
+        reference.layers if reference else extraction.candidate_layers(config.num_hidden_layers)
+    )
     recipe = {
         "model": checkpoint.name,
         "adapter": checkpoint.adapter_hash,
@@ -91,7 +100,9 @@ def extract(arguments: argparse.Namespace) -> None:
     read = extraction.read_stories(checkpoint, [story for story in stories if story.split in read_splits], layers)
     own = extraction.read_neutral(checkpoint, dialogues, layers)
     if reference is None:
-        searched = extraction.make_vectors(checkpoint, extraction.of_split(read, "train"), own["token"], own, layers, recipe)
+        searched = extraction.make_vectors(
+            checkpoint, extraction.of_split(read, "train"), own["token"], own, layers, recipe
+        )
         extraction.choose_band(checkpoint, searched, arguments.target, twins, read)
     for split in wanted:
         part, neutral = extraction.of_split(read, split), own
@@ -115,18 +126,26 @@ def audit(arguments: argparse.Namespace) -> None:
     vectors, own = load_vectors(arguments.vectors), load_vectors(arguments.own_vectors)
     vectors.index(arguments.target)
     if own.concepts != vectors.concepts or own.layers != vectors.layers:
-        raise ValueError("`--vectors` and `--own-vectors` hold other concepts or layers; extract both with the same options")
+        raise ValueError(
+            "`--vectors` and `--own-vectors` hold other concepts or layers; extract both with the same options"
+        )
     twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "audit"]
     twins = corpora.spread(twins, arguments.max_tasks)
     tasks = [failing.task for failing, _ in twins]
     pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks]
-    pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)]
+    pairs = [
+        p
+        for p in pairs
+        if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)
+    ]
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
     for what, rows in (("contexts", twins), ("pairs", pairs), ("neutral dialogues", dialogues)):
         if len(rows) < 2:
-            raise ValueError(f"{len(rows)} {what} of the audit split; an audit needs at least 2 (rows with `\"split\": \"audit\"`)")
+            raise ValueError(
+                f'{len(rows)} {what} of the audit split; an audit needs at least 2 (rows with `"split": "audit"`)'
+            )
     checkpoint = _load(arguments)
-    config = models.decoder(checkpoint.model).config.get_text_config()
+    config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
     options = {
         "model": checkpoint.name,
@@ -145,7 +164,15 @@ def audit(arguments: argparse.Namespace) -> None:
     likelihoods = behaviour.reply_log_likelihoods(checkpoint, pairs)
     neutral = preservation.read_neutral(checkpoint, dialogues)
     record = Record(
-        checkpoint.name, arguments.target, read, vectors, own.directions, likelihoods, [p.task for p in pairs], neutral, options
+        checkpoint.name,
+        arguments.target,
+        read,
+        vectors,
+        own.directions,
+        likelihoods,
+        [p.task for p in pairs],
+        neutral,
+        options,
     )
     record.save(arguments.out)
     summary = record.summary()["header"]
@@ -206,7 +233,8 @@ def _is_done(folder: Path, options: dict) -> bool:
                 return True
             differing = sorted(k for k in {*(kept or {}), *options} if (kept or {}).get(k) != options.get(k))
             raise ValueError(
-                f"output folder {folder} holds a result with another configuration (differing: {', '.join(differing)}); choose "
+                f"output folder {folder} holds a result with another configuration (differing: "
+                f"{', '.join(differing)}); choose "
                 "another `--out` or delete it"
             )
     if folder.exists():

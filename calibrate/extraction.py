@@ -1,7 +1,7 @@
 """Stories -> vectors: mean state of each concept minus the mean over concepts, neutral components out, unit norm.
 
-The recipe of the emotion-concepts study (arXiv 2604.07729, section "Extracting emotion vectors"), with one change for short
-stories: the mean starts at a fraction of the story instead of at token 50.
+The recipe of the emotion-concepts study (arXiv 2604.07729, section "Extracting emotion vectors"), with one change for
+short stories: the mean starts at a fraction of the story instead of at token 50.
 """
 
 import logging
@@ -73,15 +73,21 @@ def directions(read: StoryStates, concepts: list[str], neutral_tokens: Tensor) -
     """Unit directions [concepts, layers, hidden] from stories' mean states and neutral token states.
 
     Raises:
-        ValueError: a concept has no stories, or fewer topics than another (then the topic would not cancel).
+        ValueError: a concept has no stories, or fewer topics than another (then the topic would not cancel); or there
+            is one concept only.
     """
     topics = {c: sorted(s.topic for s in read.stories if s.concept == c) for c in concepts}
     for concept, found in topics.items():
         if found != topics[concepts[0]] or not found:
             raise ValueError(
-                f"concept {concept!r} has stories on topics {found}, {concepts[0]!r} on {topics[concepts[0]]}; every concept "
+                f"concept {concept!r} has stories on topics {found}, {concepts[0]!r} on {topics[concepts[0]]}; every "
+                f"concept "
                 "needs the same topics, so that the topic cancels in the mean"
             )
+    if len(concepts) < 2:
+        raise ValueError(
+            f"stories of {concepts} only; a direction is a difference from the mean over two or more concepts"
+        )
     rows = [[i for i, story in enumerate(read.stories) if story.concept == concept] for concept in concepts]
     means = torch.stack([read.states[row].mean(0) for row in rows])
     raw = means - means.mean(0)
@@ -101,7 +107,7 @@ def _leading_components(samples: Tensor, share: float) -> Tensor:
 
 
 def held_out_accuracy(vectors: Tensor, concepts: list[str], train: StoryStates, held_out: StoryStates) -> Tensor:
-    """Share of held-out stories whose concept has the largest projection, per layer; states centred on the train mean."""
+    """Share of held-out stories whose concept projects largest, per layer; states centred on the train mean."""
     projections = torch.einsum("slh,clh->scl", held_out.states - train.states.mean(0), vectors.double())
     truth = torch.tensor([concepts.index(story.concept) for story in held_out.stories])
     return (projections.argmax(1) == truth[:, None]).double().mean(0)
@@ -154,22 +160,32 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
     if best:
         at = vectors.positions(best)
         reason = (
-            f"At layers {best[0]} to {best[-1]} the {target} reading at the turn header is {contrast[at].mean():.2f} sigma "
-            f"higher on failing than on passing selection tasks (random directions, 95th percentile: {random[at].mean():.2f}) and "
+            f"At layers {best[0]} to {best[-1]} the {target} reading at the turn header is {contrast[at].mean():.2f} "
+            f"sigma "
+            f"higher on failing than on passing selection tasks (random directions, 95th percentile: "
+            f"{random[at].mean():.2f}) and "
             f"held-out decoding is {accuracy[at].mean():.0%} (chance {chance:.0%})."
         )
     else:
         reason = (
-            f"Premise not met: at no layer is the {target} reading at the turn header higher on failing than on passing "
-            f"selection tasks by more than the 95th percentile of random directions (best: {contrast.max():.2f} sigma at layer "
-            f"{vectors.layers[int(contrast.argmax())]}, random {random[int(contrast.argmax())]:.2f}). The fallback is 60 to 70 % "
+            f"At no layer is the {target} reading at the turn header higher on failing than on "
+            f"passing "
+            f"selection tasks by more than the 95th percentile of random directions (best: {contrast.max():.2f} sigma "
+            f"at layer "
+            f"{vectors.layers[int(contrast.argmax())]}, random {random[int(contrast.argmax())]:.2f}). The fallback is "
+            f"60 to 70 % "
             "of depth."
         )
     return Band(best or None, reason, *figures)
 
 
 def make_vectors(
-    checkpoint: Checkpoint, read: StoryStates, own_neutral: Tensor, neutral: dict[str, Tensor], layers: list[int], recipe: dict
+    checkpoint: Checkpoint,
+    read: StoryStates,
+    own_neutral: Tensor,
+    neutral: dict[str, Tensor],
+    layers: list[int],
+    recipe: dict,
 ) -> EmotionVectors:
     """Builds vectors from read stories.
 
@@ -177,7 +193,7 @@ def make_vectors(
         own_neutral: neutral token states of the model that is read, for its neutral components.
         neutral: neutral states of the reference by pooling, for mu and sigma.
     """
-    config = models.decoder(checkpoint.model).config.get_text_config()
+    config = models.text_config(checkpoint.model)
     concepts = list(dict.fromkeys(story.concept for story in read.stories))
     tokens = neutral["token"]
     spread = torch.linspace(0, len(tokens) - 1, min(NEUTRAL_TOKENS, len(tokens))).long()
@@ -205,7 +221,11 @@ def of_split(read: StoryStates, split: str) -> StoryStates:
 
 
 def choose_band(
-    checkpoint: Checkpoint, vectors: EmotionVectors, target: str, twins: list[tuple[Context, Context]], read: StoryStates
+    checkpoint: Checkpoint,
+    vectors: EmotionVectors,
+    target: str,
+    twins: list[tuple[Context, Context]],
+    read: StoryStates,
 ) -> None:
     """Searches the band on selection tasks and topics and keeps it, with its reason, in the vectors.
 
@@ -214,7 +234,9 @@ def choose_band(
     """
     held_out, train = of_split(read, "selection"), of_split(read, "train")
     if not twins or not held_out.stories or not train.stories:
-        raise ValueError('the band search needs contexts and stories with `"split": "selection"` and stories with "train"')
+        raise ValueError(
+            'the band search needs contexts and stories with `"split": "selection"` and stories with "train"'
+        )
     failing, passing = (
         header_states(checkpoint, [twin[side] for twin in twins], vectors.layers, f"reading {name} selection tasks")
         for side, name in ((0, "failing"), (1, "passing"))

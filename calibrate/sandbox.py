@@ -18,7 +18,9 @@ set -eu
 mount -t tmpfs -o size="$DISK",mode=755 tmpfs "$STAGE/work"
 cp -R "$STAGE/files/." "$STAGE/work/"
 cut -d' ' -f2-4 /proc/self/mounts | while read -r point type options; do
-  case "$type" in proc|sysfs|cgroup*|devpts|devtmpfs|mqueue|binfmt_misc|securityfs|debugfs|tracefs|bpf|pstore) continue ;; esac
+  case "$type" in
+    proc|sysfs|cgroup*|devpts|devtmpfs|mqueue|binfmt_misc|securityfs|debugfs|tracefs|bpf|pstore) continue ;;
+  esac
   [ "$point" = "$STAGE/work" ] && continue
   flags=ro
   for flag in nosuid nodev noexec; do
@@ -91,7 +93,13 @@ def run(
 
 
 def _run_isolated(
-    command: list[str], stage: str, environment: dict[str, str], seconds: int, memory_mib: int, processes: int, disk_mib: int
+    command: list[str],
+    stage: str,
+    environment: dict[str, str],
+    seconds: int,
+    memory_mib: int,
+    processes: int,
+    disk_mib: int,
 ) -> Completed:
     work = str(Path(stage, "work"))
     read_end, write_end = os.pipe()  # the setup script writes here once everything is isolated

@@ -32,7 +32,9 @@ def bootstrap(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 
     """
     count = len(arrays[0])
     if any(len(array) != count for array in arrays) or count < 2:
-        raise ValueError(f"a bootstrap needs the same tasks in every array and at least 2; got {[len(a) for a in arrays]}")
+        raise ValueError(
+            f"a bootstrap needs the same tasks in every array and at least 2; got {[len(a) for a in arrays]}"
+        )
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     values = np.array([statistic(*(array[rows] for array in arrays)) for rows in draws])
     low, high = np.percentile(values, [2.5, 97.5])

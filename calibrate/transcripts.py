@@ -1,7 +1,7 @@
 """Chat transcript -> token ids and the role of every token, from character offsets.
 
-Roles: `system`, `user`, `assistant` (earlier turns), `tool`, `header` (the template tokens that open an assistant's turn),
-`reply` (the last assistant turn), `template` (every other token that the template adds).
+Roles: `system`, `user`, `assistant` (earlier turns), `tool`, `header` (the template tokens that open an assistant's
+turn), `reply` (the last assistant turn), `template` (every other token that the template adds).
 """
 
 import bisect
@@ -49,8 +49,8 @@ def encode_text(tokenizer, text: str) -> Encoded:
 def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Encoded:
     """Tokenises a transcript through the tokenizer's chat template.
 
-    Without `reply`, a transcript whose last message is the assistant's ends with that reply; any other ends with the turn
-    header. With `reply`, the header is added and the reply follows it, as far as it is given (no closing tokens).
+    Without `reply`, a transcript whose last message is the assistant's ends with that reply; any other ends with the
+    turn header. With `reply`, the header is added and the reply follows it, as far as it is given (no closing tokens).
 
     Raises:
         ValueError: the template changes the messages, or opens an assistant's turn in more than one way.
@@ -69,7 +69,9 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
         marks.append(("reply" if last else message["role"], index, len(text)))
     text += pieces[-1]
     if text != rendered:
-        raise ValueError("the chat template changes the messages (it trims or rewrites them); give them as it renders them")
+        raise ValueError(
+            "the chat template changes the messages (it trims or rewrites them); give them as it renders them"
+        )
     _mark_template(marks, text, None if complete else opening, len(messages))
     if reply is not None:
         text += reply
@@ -87,7 +89,9 @@ def _template_pieces(tokenizer, messages: list[Message], header: bool) -> list[s
     pieces = []
     for mark in marks:
         if rest.count(mark) != 1:
-            raise ValueError("the chat template leaves out or repeats a message; this transcript cannot be read with it")
+            raise ValueError(
+                "the chat template leaves out or repeats a message; this transcript cannot be read with it"
+            )
         before, rest = rest.split(mark)
         pieces.append(before)
     return [*pieces, rest]

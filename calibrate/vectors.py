@@ -1,13 +1,16 @@
-"""`EmotionVectors`: the saved directions of all concepts, with the reference's neutral readings, and what they read."""
+"""`EmotionVectors`: the saved directions of all concepts, the reference's neutral states, and what they read."""
 
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 POOLINGS = ("token", "header", "reply", "text")
@@ -16,12 +19,14 @@ POOLINGS = ("token", "header", "reply", "text")
 class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", tags=["emotion-vectors"]):
     """Unit directions of every concept at every layer, and neutral states of the reference to centre and scale them.
 
-    A reading is `<h - mu, direction> / sigma` in sigma: mu and sigma (standard deviation along the direction) come from
-    neutral text in the reference model, for each layer and pooling (token, turn header, reply mean, text mean).
+    A reading is `<h - mu, direction> / sigma` in sigma: mu and sigma (standard deviation along the direction) come
+    from neutral text in the reference model, for each layer and pooling (token, turn header, reply mean, text mean).
 
     The arguments are the content of `config.json`; the tensors are buffers in `model.safetensors`:
     `directions` [concepts, layers, hidden] and `neutral_POOLING` [samples, layers, hidden].
     """
+
+    directions: Tensor
 
     def __init__(
         self,
@@ -106,23 +111,41 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         """Raises ValueError unless the vectors belong to the base weights of the model called `name`."""
         if (hidden_size, depth) != (self.hidden_size, self.depth):
             raise ValueError(
-                f"the vectors come from {self.model} (width {self.hidden_size}, {self.depth} layers); model {name!r} has width "
+                f"the vectors come from {self.model} (width {self.hidden_size}, {self.depth} layers); model {name!r} "
+                f"has width "
                 f"{hidden_size} and {depth} layers; extract vectors from it with `calibrate extract {name}`"
             )
         if weight_hash != self.weight_hash:
             raise ValueError(
-                f"the vectors come from {self.model} (weights {self.weight_hash}); model {name!r} has other base weights "
+                f"the vectors come from {self.model} (weights {self.weight_hash}); model {name!r} has other base "
+                f"weights "
                 f"({weight_hash}); extract vectors from it with `calibrate extract {name}`"
             )
 
     def save(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors and the card aside and renames, so that the folder is whole or absent."""
+        """Writes config.json, model.safetensors and the card aside and renames: the folder is whole or absent."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-        (aside / "README.md").write_text(self.card(), encoding="utf-8")
-        self.save_pretrained(aside, config=self.config())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(aside, folder)
+        try:
+            (aside / "README.md").write_text(self.card(), encoding="utf-8")
+            self.save_pretrained(aside, config=self.config())
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # still there after an error only
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **arguments
+    ) -> Self:
+        """What the mixin calls: strictly from safetensors, where its own falls back to a pickle and to zeros."""
+        file = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+            file = hf_hub_download(model_id, file.name, local_files_only=local_files_only, **options)
+        vectors = cls(**arguments)
+        load_model(vectors, file)
+        return vectors.eval()
 
     def config(self) -> dict:
         """What `config.json` holds: the arguments that build these vectors, without the tensors."""
@@ -137,9 +160,11 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         return (
             "---\nlibrary_name: calibrate\ntags: [emotion-vectors]\n---\n\n# Emotion vectors\n\n"
             f"Directions of {len(self.concepts)} emotion concepts in the residual stream of {self.model} (weights "
-            f"{self.weight_hash}), layers {self.layers[0]} to {self.layers[-1]} of {self.depth} (layer i is the output of "
+            f"{self.weight_hash}), layers {self.layers[0]} to {self.layers[-1]} of {self.depth} (layer i is the "
+            f"output of "
             f"block i, counted from 0). Band: {found}. {self.band_reason}\n\n"
-            "They say how far a text moves the model along a direction that emotion stories define. They are no evidence of "
+            "They say how far a text moves the model along a direction that emotion stories define. They are no "
+            "evidence of "
             f"experience, and not by themselves evidence about behaviour.\n\nConcepts: {', '.join(self.concepts)}.\n\n"
             f"| setting | value |\n|---|---|\n{rows}\n"
         )
@@ -149,11 +174,18 @@ def load_vectors(folder: str) -> EmotionVectors:
     """Loads vectors from a folder or a Hub id.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: nothing is there, or something else.
     """
     looks_local = Path(folder).exists() or folder.count("/") != 1 or folder.startswith(".")
     if looks_local and not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(
-            f"vectors {folder!r}: no model.safetensors there; give the folder that `calibrate extract` wrote, or a Hub id"
+            f"vectors {folder!r}: no model.safetensors there; give the folder that `calibrate extract` wrote, or a "
+            f"Hub id"
         )
-    return EmotionVectors.from_pretrained(folder)
+    try:
+        return EmotionVectors.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"vectors {folder!r} cannot be loaded ({reason}); give the folder that `calibrate extract` wrote, or a Hub id"
+        ) from error

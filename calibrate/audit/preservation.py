@@ -40,4 +40,6 @@ def read_neutral(checkpoint: Checkpoint, dialogues: list[Dialogue]) -> Neutral:
 def _log_probabilities(model, ids: list[int], positions: torch.Tensor) -> torch.Tensor:
     device = next(model.parameters()).device
     batch = activations.collate([0], [ids], device)
-    return model(**batch.inputs, use_cache=False, logits_to_keep=positions.to(device)).logits[0].float().log_softmax(-1)
+    return (
+        model(**batch.inputs, use_cache=False, logits_to_keep=positions.to(device)).logits[0].float().log_softmax(-1)
+    )

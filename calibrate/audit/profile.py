@@ -1,4 +1,4 @@
-"""The emotional profile: states at the turn header and over the reply, on failing contexts, their twins and neutral prompts."""
+"""The emotional profile: states at the turn header and over the reply, on failing contexts, twins and neutral text."""
 
 from typing import NamedTuple
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from calibrate import stats
 from calibrate.audit.record import Record
@@ -28,6 +29,7 @@ class Change(NamedTuple):
     fall_failing: Interval
     fall_passing: Interval
     fall_reply: Interval  # over the reply tokens of failing contexts
+    fall_held_out: Interval  # with directions of the reference from the audit topics, the same before and after
     fall_own: Interval  # with directions that each checkpoint gave itself on the audit topics
     specificity: Interval | None  # None where the fall is too small for a ratio
     evasion: Interval | None
@@ -40,6 +42,7 @@ class Change(NamedTuple):
     loss_change: Interval  # of neutral text, nats per token
     kl: Interval | None
     direction_cosine: float  # mean cosine between the own directions before and after at the band
+    topic_cosine: float  # the same between the frozen directions (training topics) and the reference's own
 
 
 def compare(before: Record, after: Record) -> Change:
@@ -53,6 +56,7 @@ def compare(before: Record, after: Record) -> Change:
     at = vectors.positions(vectors.used_band())
     frozen = [_by_kind(record, None) for record in (before, after)]
     own = [_by_kind(record, record.own_directions) for record in (before, after)]
+    held_out = [_by_kind(record, before.own_directions) for record in (before, after)]
 
     def fall(readings: list[dict], role: str, kind: str) -> np.ndarray:
         return (readings[0][role, kind] - readings[1][role, kind])[:, row][:, at].mean(1)
@@ -62,16 +66,20 @@ def compare(before: Record, after: Record) -> Change:
     fall_failing = stats.mean(failing)
     ratios = fall_failing.above(0) and fall_failing.estimate > SMALLEST_FALL
     contrast = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, at].mean(1)
-    layers = [
-        (layer, *(stats.mean((frozen[0]["header", k] - frozen[1]["header", k])[:, row, i]) for k in ("failing", "passing")))
-        for i, layer in enumerate(vectors.layers)
-    ]
-    cosine = (before.own_directions[row][at] * after.own_directions[row][at]).sum(-1).mean()
+    layers = []
+    for i, layer in enumerate(vectors.layers):
+        falls = [(frozen[0]["header", kind] - frozen[1]["header", kind])[:, row, i] for kind in ("failing", "passing")]
+        layers.append((layer, stats.mean(falls[0]), stats.mean(falls[1])))
+
+    def cosine(one: Tensor, other: Tensor) -> float:
+        return float((one[row][at] * other[row][at]).sum(-1).mean())
+
     return Change(
         contrast=stats.mean(contrast),
         fall_failing=fall_failing,
         fall_passing=stats.mean(passing),
         fall_reply=stats.mean(fall(frozen, "reply", "failing")),
+        fall_held_out=stats.mean(fall(held_out, "header", "failing")),
         fall_own=stats.mean(fall_own),
         specificity=stats.bootstrap(_relative_difference, failing, passing) if ratios else None,
         evasion=stats.bootstrap(_relative_difference, failing, fall_own) if ratios else None,
@@ -83,7 +91,8 @@ def compare(before: Record, after: Record) -> Change:
         perplexity=(float(np.exp(before.neutral.loss.mean())), float(np.exp(after.neutral.loss.mean()))),
         loss_change=stats.mean(after.neutral.loss - before.neutral.loss),
         kl=None if after.neutral.kl is None else stats.mean(after.neutral.kl),
-        direction_cosine=float(cosine),
+        direction_cosine=cosine(before.own_directions, after.own_directions),
+        topic_cosine=cosine(vectors.directions, before.own_directions),
     )
 
 
@@ -97,14 +106,19 @@ def _check_comparable(before: Record, after: Record) -> None:
         ("pairs", before.pair_tasks, after.pair_tasks),
     ):
         if one != other:
-            raise ValueError(f"the audits of {before.model!r} and {after.model!r} differ in their {what}; audit both with the same options")
+            raise ValueError(
+                f"the audits of {before.model!r} and {after.model!r} differ in their {what}; audit both with the same "
+                f"options"
+            )
     if not before.vectors.directions.equal(after.vectors.directions):
         raise ValueError("the two audits were read with different vectors; pass the same `--vectors` to both")
 
 
 def _by_kind(record: Record, directions) -> dict[tuple[str, str], np.ndarray]:
     readings = record.profile.readings(record.vectors, directions)
-    return {(role, kind): readings[role][record.profile.rows(kind)] for role in readings for kind in ("failing", "passing")}
+    return {
+        (role, kind): readings[role][record.profile.rows(kind)] for role in readings for kind in ("failing", "passing")
+    }
 
 
 def _relative_difference(failing: np.ndarray, other: np.ndarray) -> float:

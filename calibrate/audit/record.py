@@ -1,4 +1,4 @@
-"""One audited checkpoint on disk: `audit.json` for the figures, `states.safetensors` for what comparisons recompute."""
+"""One audited checkpoint on disk: `audit.json` for the figures, `states.safetensors` for what is recomputed."""
 
 import json
 import os

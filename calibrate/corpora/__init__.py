@@ -71,7 +71,9 @@ def load_twins(path: Path | None = None) -> list[tuple[Context, Context]]:
         by_task.setdefault(row.task, {})[row.outcome] = row
     for task, outcomes in by_task.items():
         if set(outcomes) != {"failing", "passing"}:
-            raise ValueError(f"{path}: task {task!r} has outcomes {sorted(outcomes)}; give one failing and one passing")
+            raise ValueError(
+                f"{path}: task {task!r} has outcomes {sorted(outcomes)}; give one failing and one passing"
+            )
     return [(outcomes["failing"], outcomes["passing"]) for outcomes in by_task.values()]
 
 
@@ -109,7 +111,9 @@ def _load(kind: type[Row], path: Path) -> list[Row]:
             raise ValueError(f"{where}: a {type(record).__name__}, not an object; each line is one JSON object")
         for key in kind._fields:
             if key not in record:
-                raise ValueError(f"{where}: lacks the key {key!r}; a {kind.__name__.lower()} has {', '.join(kind._fields)}")
+                raise ValueError(
+                    f"{where}: lacks the key {key!r}; a {kind.__name__.lower()} has {', '.join(kind._fields)}"
+                )
             if not record[key]:
                 raise ValueError(f"{where}: the value of {key!r} is empty; give it or remove the line")
         if record["split"] not in SPLITS:

@@ -1,8 +1,8 @@
-"""Runs the coding tasks in the sandbox and writes the transcripts and preference pairs: `python -m calibrate.corpora.build`.
+"""Runs the coding tasks in the sandbox and writes transcripts and preference pairs.
 
-A task (`tasks/*.yaml`) holds the conversation, the code that the assistant shows, and two versions of the test file or
-of the environment. Both versions are executed; what the tools printed becomes the tool result. Only the sandbox's
-folder is renamed (to /work); nothing else of the output is touched.
+Run as `python -m calibrate.corpora.build`. A task (`tasks/*.yaml`) holds the conversation, the code that the assistant
+shows, and two versions of the test file or of the environment. Both versions are executed; what the tools printed
+becomes the tool result. Only the sandbox's folder is renamed (to /work); nothing else of the output is touched.
 """
 
 import argparse
@@ -79,14 +79,18 @@ def build_twins(task: dict) -> Twins:
     Raises:
         ValueError: a version does not end as its name says, or the twins' lengths differ by more than the tolerance.
     """
-    rows = []
+    rows: list[dict] = []
     for outcome in ("failing", "passing"):
         completed = execute(task, outcome)
         if completed.exit_code is None or (completed.exit_code == 0) != (outcome == "passing"):
             raise ValueError(f"{task['id']}: the {outcome} version ended with exit code {completed.exit_code}")
         fields = {key: task[key] for key in ("split", "harness", "traits")}
         row = {"id": f"{task['id']}/{outcome}", "task": task["id"], **fields, "outcome": outcome}
-        row |= {"exit_code": completed.exit_code, "messages": transcript(task, completed), "reply": task["reply"].strip()}
+        row |= {
+            "exit_code": completed.exit_code,
+            "messages": transcript(task, completed),
+            "reply": task["reply"].strip(),
+        }
         rows.append(row)
     lengths = [sum(len(message["content"]) for message in row["messages"]) for row in rows]
     if abs(lengths[0] - lengths[1]) > LENGTH_TOLERANCE * max(lengths):
@@ -98,7 +102,12 @@ def build_pairs(task: dict, failing: dict) -> list[dict]:
     """Preference pairs on the failing transcript, in TRL's conversational format."""
     rows = []
     for number, pair in enumerate(task["pairs"], 1):
-        row = {"id": f"{task['id']}/{number}", "task": task["id"], "split": task["split"], "prompt": failing["messages"]}
+        row = {
+            "id": f"{task['id']}/{number}",
+            "task": task["id"],
+            "split": task["split"],
+            "prompt": failing["messages"],
+        }
         for side in ("chosen", "rejected"):
             row[side] = [{"role": "assistant", "content": pair[side].strip()}]
         rows.append(row)

@@ -17,7 +17,9 @@ from calibrate.audit.verdict import Verdict
 HEAT_LIMIT = 4.0  # sigma at which the heat map's colour is full; the scale is fixed, so that before and after compare
 
 
-def write(folder: Path, verdict: Verdict, before: Record, after: Record, change: Change, control: Change | None) -> None:
+def write(
+    folder: Path, verdict: Verdict, before: Record, after: Record, change: Change, control: Change | None
+) -> None:
     """Writes both files, each aside first; every value is escaped by the template engine."""
     folder.mkdir(parents=True, exist_ok=True)
     data = to_json(verdict, before, after, change, control)
@@ -68,7 +70,7 @@ def _plain(value):
 
 
 def _figure(draw, *arguments) -> Markup:
-    """Draws on a matplotlib figure and returns it as inline SVG without addresses, so that the page needs no network."""
+    """Draws with matplotlib and returns inline SVG without addresses, so that the page needs no network."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -97,7 +99,9 @@ def _draw_concepts(figure, change: Change, control: Change | None) -> None:
         intervals = [values[c.concept] for c in ordered]
         errors = [[i.estimate - i.low for i in intervals], [i.high - i.estimate for i in intervals]]
         places = [position - shift for position in range(len(ordered))]
-        axes.errorbar([i.estimate for i in intervals], places, xerr=errors, fmt="o", color=colour, markersize=4, label=label)
+        axes.errorbar(
+            [i.estimate for i in intervals], places, xerr=errors, fmt="o", color=colour, markersize=4, label=label
+        )
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set_yticks(range(len(ordered)), [c.concept for c in ordered])
     axes.set_xlabel("after minus before, sigma, turn header, failing audit tasks (95 % interval over tasks)")
@@ -122,13 +126,15 @@ def _draw_layers(figure, change: Change, before: Record) -> None:
 
 
 def _heat(record: Record) -> list[dict]:
-    """Pieces of the traced transcript with role, reading and colour; characters that no token covers stay uncoloured."""
+    """Pieces of the traced transcript with role, reading and colour; what no token covers stays uncoloured."""
     trace, pieces, position = record.profile.trace, [], 0
     for (start, stop), role, reading in zip(trace.offsets, trace.roles, trace.readings, strict=True):
         if stop <= position:
             continue  # a further token of the same character (multi-byte text)
         if start > position:
-            pieces.append({"text": trace.text[position:start], "role": "template", "reading": None, "colour": "transparent"})
+            pieces.append(
+                {"text": trace.text[position:start], "role": "template", "reading": None, "colour": "transparent"}
+            )
         share = max(-1.0, min(1.0, reading / HEAT_LIMIT))
         colour = f"rgba({'181,68,46' if share > 0 else '31,95,168'},{abs(share):.2f})"
         text = trace.text[max(start, position) : stop]

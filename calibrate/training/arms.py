@@ -50,7 +50,9 @@ def matched_ceilings(failing: UnitReadings, ceilings: Tensor, delta: float, hing
         ValueError: `hinge` is 0, which any high ceiling would meet.
     """
     if hinge <= 0:
-        raise ValueError("the real arm's initial hinge is 0: its readings are at or below the ceiling, nothing to match")
+        raise ValueError(
+            "the real arm's initial hinge is 0: its readings are at or below the ceiling, nothing to match"
+        )
     low, high = -100.0, 100.0
     while high - low > 1e-6:
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Readings of the training contexts, and the ceilings that follow from the reference's readings, computed once and cached."""
+"""Readings of the training contexts, and ceilings from the reference's readings, computed once and cached."""
 
 import hashlib
 import json
@@ -127,7 +127,7 @@ def _write(path: Path, readings: UnitReadings) -> None:
 
 
 def reduce_ceilings(passing: UnitReadings, quantile: float) -> Tensor:
-    """Ceilings [2, layers, directions]: that quantile of the twins' reference readings at the header and over the reply."""
+    """Ceilings [2, layers, directions]: that quantile of the twins' reference readings at header and reply."""
     header = passing.values[:, 0]
     tokens = passing.values[:, 1:][passing.weights[:, 1:] > 0]
     return torch.stack([header.quantile(quantile, dim=0), tokens.quantile(quantile, dim=0)])

@@ -27,7 +27,9 @@ class CalibratedDPOConfig(DPOConfig):
     )
     hinge_share: float = field(
         default=0.3,
-        metadata={"help": "Norm of the hinge's gradient over the task's, on the trained parameters at the first step."},
+        metadata={
+            "help": "Norm of the hinge's gradient over the task's, on the trained parameters at the first step."
+        },
     )
     hinge_weight: float | None = field(
         default=None, metadata={"help": "Fixed weight of the hinge; set it to override `hinge_share`."}
@@ -58,9 +60,15 @@ class CalibratedDPOConfig(DPOConfig):
     header_weight: float = field(default=1.0, metadata={"help": "Weight of the turn header in the reading terms."})
     reply_weight: float = field(default=1.0, metadata={"help": "Weight of the reply tokens in the reading terms."})
     reply_tokens: int = field(default=64, metadata={"help": "Reply tokens that are read, from the first."})
-    contexts_per_step: int = field(default=2, metadata={"help": "Failing contexts, and as many twins, per micro-step."})
-    max_tasks: int | None = field(default=None, metadata={"help": "Train on so many evenly spaced tasks. Default: all."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Train on so many evenly spaced pairs. Default: all."})
+    contexts_per_step: int = field(
+        default=2, metadata={"help": "Failing contexts, and as many twins, per micro-step."}
+    )
+    max_tasks: int | None = field(
+        default=None, metadata={"help": "Train on so many evenly spaced tasks. Default: all."}
+    )
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "Train on so many evenly spaced pairs. Default: all."}
+    )
     random_seed: int = field(default=0, metadata={"help": "Seed of the random direction of `arm: random`."})
 
     def __post_init__(self):
@@ -71,8 +79,10 @@ class CalibratedDPOConfig(DPOConfig):
             raise ValueError("`vectors` is not set; give the folder that `calibrate extract` wrote")
         if self.arm not in ARMS:
             raise ValueError(f"`arm` is {self.arm!r}; allowed: {', '.join(ARMS)}")
-        if not self.concepts:
-            raise ValueError("`concepts` is empty; name at least one concept of the vectors")
+        for option in ("concepts", "layers"):
+            value = getattr(self, option)
+            if value is not None and (not value or len(set(value)) < len(value)):
+                raise ValueError(f"`{option}` is {value}; allowed: at least one, each once")
         if not 0 <= self.ceiling_quantile <= 1:
             raise ValueError(f"`ceiling_quantile` is {self.ceiling_quantile}; allowed: 0 to 1")
         for option in ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs"):
@@ -80,8 +90,9 @@ class CalibratedDPOConfig(DPOConfig):
             if value is not None and value < 1:
                 raise ValueError(f"`{option}` is {value}; allowed: 1 or more")
         for option in ("huber_delta", "header_weight", "reply_weight"):
-            if not getattr(self, option) > 0:
-                raise ValueError(f"`{option}` is {getattr(self, option)}; allowed: above 0")
+            value = getattr(self, option)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{option}` is {value}; allowed: above 0")
         for option in _NOT_NEGATIVE:
             value = getattr(self, option)
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -95,7 +106,15 @@ class CalibratedDPOConfig(DPOConfig):
         return self.arm == "none" or not any(weights)
 
 
-_NOT_NEGATIVE = ("hinge_share", "hinge_weight", "anchor_weight", "side_weight", "kl_weight", "concept_weight", "corridor")
+_NOT_NEGATIVE = (
+    "hinge_share",
+    "hinge_weight",
+    "anchor_weight",
+    "side_weight",
+    "kl_weight",
+    "concept_weight",
+    "corridor",
+)
 _NOT_NEGATIVE += ("hinge_warmup_steps",)
 
 
@@ -112,5 +131,8 @@ def _check_type(option: str, value: object, hint: object) -> None:
             matches = type(value) is kind or (kind is float and type(value) is int)
         if matches:
             return
-    names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) if not get_args(k) else str(k) for k in allowed)
+    names = " or ".join(
+        "nothing" if k is type(None) else getattr(k, "__name__", str(k)) if not get_args(k) else str(k)
+        for k in allowed
+    )
     raise ValueError(f"`{option}` is {value!r} ({type(value).__name__}); allowed: {names}")

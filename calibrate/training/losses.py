@@ -1,23 +1,25 @@
 """The terms of the objective, as pure functions: `task + hinge + anchor + side`, each with its own weight.
 
-Shapes: `readings` [examples, units, layers, directions] in sigma; `weights` [examples, units], zero where padded. A unit
-is the turn header as a whole or one reply token. Every term takes the weighted mean over units of each example first, so
-that a long reply does not dominate, then the mean over layers, directions and examples.
+Shapes: `readings` [examples, units, layers, directions] in sigma; `weights` [examples, units], zero where padded. A
+unit is the turn header as a whole or one reply token. Every term takes the weighted mean over units of each example
+first, so that a long reply does not dominate, then the mean over layers, directions and examples.
 """
 
 import torch
 from torch import Tensor
 
 
-def hinge(readings: Tensor, ceiling: Tensor, weights: Tensor, delta: float = 1.0, floor: Tensor | None = None) -> Tensor:
+def hinge(
+    readings: Tensor, ceiling: Tensor, weights: Tensor, delta: float = 1.0, floor: Tensor | None = None
+) -> Tensor:
     """One-sided Huber hinge: zero with zero gradient at or below the ceiling, bounded slope far above it.
 
     `huber(max(0, reading - ceiling))` with `huber(x) = x^2 / 2` up to `delta`, `delta (x - delta / 2)` beyond.
 
     Args:
         ceiling: broadcastable to `readings`; the reading above which the hinge pays.
-        floor: broadcastable to `readings`; below it the hinge pays too, so that optimiser momentum cannot carry readings
-            far under the ceiling. None: one-sided.
+        floor: broadcastable to `readings`; below it the hinge pays too, so that optimiser momentum cannot carry
+            readings far under the ceiling. None: one-sided.
     """
     excess = (readings - ceiling).clamp(min=0)
     if floor is not None:

@@ -1,5 +1,6 @@
 """A training run's output folder: claimed by a configuration, resumed after a stop, finished once."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,12 +8,19 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from calibrate.training.configs import CalibratedDPOConfig
-from calibrate.training.trainers import config_hash
 from calibrate.vectors import load_vectors
 
 FINISHED = "finished"
 # Options that change where and how a run reports, not what it computes.
-_NO_MATTER = {"output_dir", "run_name", "report_to", "logging_steps", "resume_from_checkpoint", "hub_model_id", "hub_token"}
+_NO_MATTER = {
+    "output_dir",
+    "run_name",
+    "report_to",
+    "logging_steps",
+    "resume_from_checkpoint",
+    "hub_model_id",
+    "hub_token",
+}
 _NO_MATTER |= {"push_to_hub", "save_total_limit", "disable_tqdm", "project", "trackio_space_id", "logging_dir"}
 
 
@@ -41,11 +49,13 @@ def claim(args: CalibratedDPOConfig, model_args, data: list) -> str | None:
     options["data"] = config_hash({"data": data})
     options["vectors"] = load_vectors(args.vectors).weight_hash + config_hash(load_vectors(args.vectors).recipe)
     options = json.loads(json.dumps(options, default=str))
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     path = folder / "calibration" / "options.json"
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"output folder {folder} is not empty and holds no run of this recipe; choose another `output_dir`")
+            raise ValueError(
+                f"output folder {folder} is not empty and holds no run of this recipe; choose another `output_dir`"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(options, indent=2), encoding="utf-8")
         return None
@@ -66,3 +76,8 @@ def finish(trainer, folder: Path) -> None:
         aside = folder / "calibration" / "finished.json.partial"
         aside.write_text(json.dumps(trainer.state.log_history, indent=2), encoding="utf-8")
         os.replace(aside, folder / "calibration" / "finished.json")
+
+
+def config_hash(options: dict) -> str:
+    """A short hash of a run's options."""
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:12]
