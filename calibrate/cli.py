@@ -72,27 +72,20 @@ def extract(arguments: argparse.Namespace) -> None:
         )
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
     twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "selection"]
+    if len(dialogues) < 2:
+        raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "train"`; mu and sigma need at least 2')
     reference = load_vectors(arguments.reference) if arguments.reference else None
+    if reference is None:
+        _check_splits(["train", "selection"], stories, "; the band search needs it")
     checkpoint = _load(arguments)
     config = models.text_config(checkpoint.model)
+    if reference is not None:
+        reference.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+        reference.positions(arguments.layers or [])
     models.check_layers(arguments.layers or [], config.num_hidden_layers)
-    layers = arguments.layers or (
-        reference.layers if reference else extraction.candidate_layers(config.num_hidden_layers)
-    )
-    recipe = {
-        "model": checkpoint.name,
-        "adapter": checkpoint.adapter_hash,
-        "method": "mean over stories minus mean over concepts, neutral components out, unit norm",
-        "start_fraction": extraction.START_FRACTION,
-        "neutral_variance": extraction.NEUTRAL_VARIANCE,
-        "layers": layers,
-        "target": arguments.target,
-        "corpora": _digest([stories, dialogues, twins]),
-        "reference": reference.weight_hash if reference else None,
-        "stories_by": "written for this project by a language model, one by one (see calibrate/corpora/README.md)"
-        if arguments.stories is None
-        else str(arguments.stories.name),
-    }
+    layers = sorted({*(arguments.layers or (reference.layers if reference else []))})
+    layers = layers or extraction.candidate_layers(config.num_hidden_layers)
+    recipe = _recipe(arguments, checkpoint, reference, layers, _digest([stories, dialogues, twins]))
     wanted = [split for split in arguments.splits if not _is_done(arguments.out / split, recipe | {"split": split})]
     if not wanted:
         return print(f"{arguments.out} already holds these vectors; nothing to do")
@@ -116,9 +109,28 @@ def extract(arguments: argparse.Namespace) -> None:
     print(source.band_reason)
 
 
+def _recipe(arguments: argparse.Namespace, checkpoint, reference, layers: list[int], corpora: str) -> dict:
+    """Everything that vectors depend on, the split apart."""
+    from calibrate import extraction
+
+    return {
+        **_identity(checkpoint),
+        "method": "mean over stories minus mean over concepts, neutral components out, unit norm",
+        "start_fraction": extraction.START_FRACTION,
+        "neutral_variance": extraction.NEUTRAL_VARIANCE,
+        "layers": layers,
+        "target": arguments.target,
+        "corpora": corpora,
+        "reference": _digest(reference.recipe) if reference else None,
+        "stories_by": "written for this project by a language model, one by one (see calibrate/corpora/README.md)"
+        if arguments.stories is None
+        else str(arguments.stories.name),
+    }
+
+
 def audit(arguments: argparse.Namespace) -> None:
     """Reads the audit texts and writes one folder with everything that is measured."""
-    from calibrate import corpora, models
+    from calibrate import models
     from calibrate.audit import behaviour, preservation, profile
     from calibrate.audit.record import Record
     from calibrate.vectors import load_vectors
@@ -129,28 +141,18 @@ def audit(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "`--vectors` and `--own-vectors` hold other concepts or layers; extract both with the same options"
         )
-    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "audit"]
-    twins = corpora.spread(twins, arguments.max_tasks)
-    tasks = [failing.task for failing, _ in twins]
-    pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks]
-    pairs = [
-        p
-        for p in pairs
-        if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)
-    ]
-    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
-    for what, rows in (("contexts", twins), ("pairs", pairs), ("neutral dialogues", dialogues)):
-        if len(rows) < 2:
-            raise ValueError(
-                f'{len(rows)} {what} of the audit split; an audit needs at least 2 (rows with `"split": "audit"`)'
-            )
+    twins, pairs, dialogues = _audit_texts(arguments)
     checkpoint = _load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+    own.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+    if own.recipe.get("adapter") != checkpoint.adapter_hash:
+        raise ValueError(
+            f"`--own-vectors` come from a model with adapter {own.recipe.get('adapter')}, {checkpoint.name!r} has "
+            f"{checkpoint.adapter_hash}; extract them from it with `calibrate extract {checkpoint.name}`"
+        )
     options = {
-        "model": checkpoint.name,
-        "weight_hash": checkpoint.weight_hash,
-        "adapter": checkpoint.adapter_hash,
+        **_identity(checkpoint),
         "target": arguments.target,
         "vectors": _digest(vectors.recipe),
         "own_vectors": _digest(own.recipe),
@@ -182,6 +184,32 @@ def audit(arguments: argparse.Namespace) -> None:
         print(f"  {kind:8} {estimate:6.2f} [{low:.2f}, {high:.2f}]")
 
 
+def _audit_texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
+    """Twins, the pairs of their tasks, and neutral dialogues, all of the audit split."""
+    from calibrate import corpora
+
+    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "audit"]
+    twins = corpora.spread(twins, arguments.max_tasks)
+    tasks = [failing.task for failing, _ in twins]
+    pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks]
+    pairs = [
+        p
+        for p in pairs
+        if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)
+    ]
+    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
+    for what, rows in (
+        ("contexts", twins),
+        ("tasks with pairs", {pair.task for pair in pairs}),
+        ("neutral dialogues", dialogues),
+    ):
+        if len(rows) < 2:
+            raise ValueError(
+                f'{len(rows)} {what} of the audit split; an audit needs at least 2 (rows with `"split": "audit"`)'
+            )
+    return twins, pairs, dialogues
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Computes the change, names the outcome and writes the report."""
     from calibrate import report
@@ -210,10 +238,20 @@ def _load(arguments: argparse.Namespace):
     )
 
 
-def _check_splits(splits: list[str], stories: list) -> None:
+def _identity(checkpoint) -> dict:
+    """What tells one checkpoint from another, a folder whose weights were replaced included."""
+    return {
+        "model": checkpoint.name,
+        "weight_hash": checkpoint.weight_hash,
+        "adapter": checkpoint.adapter_hash,
+        "chat_template": _digest(checkpoint.tokenizer.chat_template),
+    }
+
+
+def _check_splits(splits: list[str], stories: list, why: str = "") -> None:
     for split in splits:
         if split not in (found := {story.split for story in stories}):
-            raise ValueError(f"no stories of split {split!r}; the file has {', '.join(sorted(found))}")
+            raise ValueError(f"no stories of split {split!r}; the file has {', '.join(sorted(found))}{why}")
 
 
 def _digest(value: object) -> str:

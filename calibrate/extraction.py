@@ -148,7 +148,7 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
     _, sigma = vectors.scale("header", draws)
     random = (torch.einsum("lh,rlh->rl", difference, draws) / sigma).quantile(0.95, dim=0)
     chance = 1 / len(vectors.concepts)
-    holds = (contrast > random) & (accuracy >= 3 * chance)
+    holds = (contrast > random) & (accuracy >= 3 / len(vectors.concepts))
     runs: list[list[int]] = [[]]
     for position, layer in enumerate(vectors.layers):
         if holds[position]:
@@ -161,20 +161,17 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
         at = vectors.positions(best)
         reason = (
             f"At layers {best[0]} to {best[-1]} the {target} reading at the turn header is {contrast[at].mean():.2f} "
-            f"sigma "
-            f"higher on failing than on passing selection tasks (random directions, 95th percentile: "
-            f"{random[at].mean():.2f}) and "
-            f"held-out decoding is {accuracy[at].mean():.0%} (chance {chance:.0%})."
+            "sigma higher on failing than on passing selection tasks (random directions, 95th percentile: "
+            f"{random[at].mean():.2f}) and held-out decoding is {accuracy[at].mean():.0%} (chance {chance:.0%})."
         )
     else:
+        top = int(contrast.argmax())
         reason = (
-            f"At no layer is the {target} reading at the turn header higher on failing than on "
-            f"passing "
-            f"selection tasks by more than the 95th percentile of random directions (best: {contrast.max():.2f} sigma "
-            f"at layer "
-            f"{vectors.layers[int(contrast.argmax())]}, random {random[int(contrast.argmax())]:.2f}). The fallback is "
-            f"60 to 70 % "
-            "of depth."
+            f"At no layer is the {target} reading at the turn header higher on failing than on passing selection "
+            "tasks by more than the 95th percentile of random directions while held-out decoding is at three times "
+            f"chance or more (highest: {contrast[top]:.2f} sigma at layer {vectors.layers[top]}, random "
+            f"{random[top]:.2f}, decoding {accuracy[top]:.0%}, chance {chance:.0%}). The fallback is 60 to 70 % of "
+            "depth."
         )
     return Band(best or None, reason, *figures)
 

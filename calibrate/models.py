@@ -78,7 +78,7 @@ def load(
     return Checkpoint(model.eval(), tokenizer, name, source, weight_hash, adapter_hash)
 
 
-def _open(name: str, source: str, **options) -> tuple[nn.Module, Any]:
+def _open(name: str, source: str, **options) -> tuple[Any, Any]:
     """Model and tokenizer of a Hub id or a folder; never from pickled weights."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -12,30 +12,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Inside the namespaces: one small in-memory folder is writable, every other mount is made read-only, and the process
-# count is capped. The kernel exempts root from RLIMIT_NPROC, so root is capped by the namespace's own pid_max.
+# count is capped. The kernel exempts root from RLIMIT_NPROC, so root is capped by the namespace's own pid_max. Root
+# also owns the disks' device nodes and the services' sockets: hence the bare /dev and the empty /run. Last, all
+# capabilities go and no further user namespace can be made, or the command could undo what was set up here.
 _SETUP = r"""
 set -eu
-mount -t tmpfs -o size="$DISK",mode=755 tmpfs "$STAGE/work"
+mount -t tmpfs -o size="$DISK",nr_inodes=64k,mode=755 tmpfs "$STAGE/work"
 cp -R "$STAGE/files/." "$STAGE/work/"
+mount -t tmpfs -o size=64k,mode=755 tmpfs "$STAGE/dev"
+ln -s /proc/self/fd "$STAGE/dev/fd"
+for node in null zero full random urandom; do
+  : >"$STAGE/dev/$node"
+  mount --bind "/dev/$node" "$STAGE/dev/$node"
+done
+mount --rbind "$STAGE/dev" /dev
+mount -t tmpfs -o size=64k,mode=755 tmpfs /run
+mount -t proc proc /proc
+if ! echo "$PROCESSES" 2>/dev/null >/proc/sys/kernel/pid_max; then
+  [ "$OUTER_UID" != 0 ] || { echo 'root needs Linux 6.14 or later; run as an ordinary user' >&2; exit 1; }
+fi
+echo 0 >/proc/sys/user/max_user_namespaces
 cut -d' ' -f2-4 /proc/self/mounts | while read -r point type options; do
-  case "$type" in
-    proc|sysfs|cgroup*|devpts|devtmpfs|mqueue|binfmt_misc|securityfs|debugfs|tracefs|bpf|pstore) continue ;;
-  esac
-  [ "$point" = "$STAGE/work" ] && continue
+  point=$(printf %b "$point")
+  [ -e "$point" ] && [ "$point" != "$STAGE/work" ] || continue
   flags=ro
   for flag in nosuid nodev noexec; do
     case ",$options," in *,$flag,*) flags="$flags,$flag" ;; esac
   done
   mount -o "remount,bind,$flags" "$point"
 done
-mount -t proc proc /proc
-if ! echo "$PROCESSES" 2>/dev/null >/proc/sys/kernel/pid_max; then
-  [ "$OUTER_UID" != 0 ] || { echo 'root needs Linux 6.14 or later; run as an ordinary user' >&2; exit 1; }
-fi
 cd "$STAGE/work"
-echo ready >&"$READY"
-eval "exec $READY>&-"
-exec prlimit --cpu="$CPU" --as="$MEMORY" --nproc="$PROCESSES" --core=0 -- "$@"
+exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs -- \
+  prlimit --cpu="$CPU" --as="$MEMORY" --nproc="$PROCESSES" --fsize="$DISK" --core=0 -- \
+  sh -c 'echo ready >&0; exec env -i "$@" </dev/null' sandbox "$@"
 """
 
 
@@ -72,7 +81,7 @@ def run(
         seconds: wall-clock and CPU limit.
         memory_mib: address space of each process.
         processes: upper bound on process ids; at least 301, which is the kernel's lowest.
-        disk_mib: size of the in-memory folder, the only writable place.
+        disk_mib: size of the in-memory folder, the only writable place, and the most that the output may hold.
 
     Raises:
         SandboxError: namespaces are not granted here, or a path leaves the folder.
@@ -87,48 +96,41 @@ def run(
             path = Path(stage, "files", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        Path(stage, "files").mkdir(exist_ok=True)
-        Path(stage, "work").mkdir()
-        return _run_isolated(command, stage, environment or {}, seconds, memory_mib, processes, disk_mib)
+        for name in ("files", "work", "dev"):
+            Path(stage, name).mkdir(exist_ok=True)
+        limits = {"CPU": seconds, "MEMORY": memory_mib * 2**20, "PROCESSES": processes, "DISK": disk_mib * 2**20}
+        return _run_isolated(command, stage, environment or {}, limits)
 
 
-def _run_isolated(
-    command: list[str],
-    stage: str,
-    environment: dict[str, str],
-    seconds: int,
-    memory_mib: int,
-    processes: int,
-    disk_mib: int,
-) -> Completed:
+def _run_isolated(command: list[str], stage: str, environment: dict[str, str], limits: dict[str, int]) -> Completed:
     work = str(Path(stage, "work"))
-    read_end, write_end = os.pipe()  # the setup script writes here once everything is isolated
+    read_end, write_end = os.pipe()  # the setup script writes to its standard input once everything is isolated
     variables = {"PATH": os.defpath, "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    setup = {"STAGE": stage, "READY": str(write_end), "DISK": f"{disk_mib}m", "OUTER_UID": str(os.geteuid())}
-    limits = {"CPU": str(seconds), "MEMORY": str(memory_mib * 2**20), "PROCESSES": str(processes)}
+    assignments = [f"{name}={value}" for name, value in (variables | environment).items()]
+    setup = {"PATH": os.defpath, "STAGE": stage, "OUTER_UID": str(os.geteuid())}
     namespaces = ["--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
-    try:
-        process = subprocess.Popen(
-            ["unshare", *namespaces, "sh", "-c", _SETUP, "sandbox", *command],
-            env=variables | environment | setup | limits,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=[write_end],
-        )
-    except FileNotFoundError as error:
-        os.close(read_end)
-        raise SandboxError("`unshare` is not here; the sandbox needs Linux with util-linux") from error
-    finally:
-        os.close(write_end)
-    try:
-        output = process.communicate(timeout=seconds)[0]
-        exit_code = process.returncode
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, exit_code = process.communicate()[0], None
-    with os.fdopen(read_end) as pipe:
+    with os.fdopen(read_end) as pipe, tempfile.TemporaryFile("a+b") as captured:
+        try:
+            process = subprocess.Popen(
+                ["unshare", *namespaces, "sh", "-c", _SETUP, "sandbox", *assignments, *command],
+                env=setup | {name: str(limit) for name, limit in limits.items()},
+                stdin=write_end,
+                stdout=captured,  # a file, so that the limit on file size holds for the output too
+                stderr=subprocess.STDOUT,
+            )
+        except FileNotFoundError as error:
+            raise SandboxError("`unshare` is not here; the sandbox needs Linux with util-linux") from error
+        finally:
+            os.close(write_end)
+        try:
+            exit_code = process.wait(limits["CPU"])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            exit_code = None
+        captured.seek(0)
+        output = captured.read().decode(errors="replace")
         if pipe.read() != "ready\n":
-            reason = output.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+            reason = output.strip().splitlines()[-1:] or ["no reason given"]
             raise SandboxError(f"this machine grants no isolation ({reason[0]}); nothing was run")
-    return Completed(exit_code, output.decode(errors="replace").replace(work, "/work"))
+    return Completed(exit_code, output.replace(work, "/work"))

@@ -51,7 +51,12 @@ def max_statistic(differences: np.ndarray, seed: int = 0) -> np.ndarray:
 
     Args:
         differences: paired differences [tasks, columns].
+
+    Raises:
+        ValueError: fewer than two tasks.
     """
+    if len(differences) < 2:
+        raise ValueError(f"a permutation test needs at least 2 tasks; got {len(differences)}")
     generator = np.random.default_rng(seed)
     signs = generator.choice([-1.0, 1.0], (RESAMPLES, len(differences), 1))
     observed = np.abs(_t(differences))

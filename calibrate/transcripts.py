@@ -7,6 +7,8 @@ turn), `reply` (the last assistant turn), `template` (every other token that the
 import bisect
 from typing import NamedTuple
 
+import jinja2
+
 Message = dict[str, str]
 
 
@@ -53,10 +55,10 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
     turn header. With `reply`, the header is added and the reply follows it, as far as it is given (no closing tokens).
 
     Raises:
-        ValueError: the template changes the messages, or opens an assistant's turn in more than one way.
+        ValueError: the template refuses or changes the messages, or opens an assistant's turn in more than one way.
     """
     complete = reply is None and messages[-1]["role"] == "assistant"
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not complete)
+    rendered = _render(tokenizer, messages, not complete)
     pieces = _template_pieces(tokenizer, messages, not complete)
     opening = _opening(tokenizer, messages)
     marks: list[tuple[str, int, int]] = []  # role, message, end character
@@ -81,11 +83,22 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
     return Encoded(tokens["input_ids"], _spans(marks, offsets), offsets, text)
 
 
+def _render(tokenizer, messages: list[Message], header: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the chat template refuses the roles {roles} ({error}); give one that takes them with "
+            "`--chat-template FILE.jinja`, or set `tokenizer.chat_template` and save it"
+        ) from error
+
+
 def _template_pieces(tokenizer, messages: list[Message], header: bool) -> list[str]:
     """What the template writes before, between and after the contents: one piece more than messages."""
     marks = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private use area: in no real text
     marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=header)
+    rest = _render(tokenizer, marked, header)
     pieces = []
     for mark in marks:
         if rest.count(mark) != 1:
@@ -99,8 +112,8 @@ def _template_pieces(tokenizer, messages: list[Message], header: bool) -> list[s
 
 def _opening(tokenizer, messages: list[Message]) -> str:
     """The text that opens an assistant's turn: what the generation prompt adds."""
-    bare = tokenizer.apply_chat_template(messages, tokenize=False)
-    prompted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    bare = _render(tokenizer, messages, False)
+    prompted = _render(tokenizer, messages, True)
     if not prompted.startswith(bare) or prompted == bare:
         raise ValueError("the chat template adds no turn header after the messages; readings at the header need one")
     return prompted[len(bare) :]
@@ -123,6 +136,8 @@ def _spans(marks: list[tuple[str, int, int]], offsets: list[tuple[int, int]]) ->
     spans, token = [], 0
     for role, message, end in marks:
         stop = bisect.bisect_left(starts, end, lo=token)
+        if end == marks[-1][2]:  # a tokenizer that trims offsets starts a final blank at its end
+            stop = len(offsets)
         if stop > token:
             spans.append(Span(role, message, token, stop))
         token = stop

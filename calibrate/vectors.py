@@ -125,14 +125,13 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
     def save(self, folder: Path) -> None:
         """Writes config.json, model.safetensors and the card aside and renames: the folder is whole or absent."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-        try:
-            (aside / "README.md").write_text(self.card(), encoding="utf-8")
-            self.save_pretrained(aside, config=self.config())
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
+            whole = Path(aside) / folder.name  # the temporary folder itself can be read by its owner only
+            whole.mkdir()
+            (whole / "README.md").write_text(self.card(), encoding="utf-8")
+            self.save_pretrained(whole, config=self.config())
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)  # still there after an error only
+            os.rename(whole, folder)
 
     @classmethod
     def _from_pretrained(
@@ -187,5 +186,6 @@ def load_vectors(folder: str) -> EmotionVectors:
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"vectors {folder!r} cannot be loaded ({reason}); give the folder that `calibrate extract` wrote, or a Hub id"
+            f"vectors {folder!r} cannot be loaded ({reason}); give the folder that `calibrate extract` wrote, or a "
+            "Hub id"
         ) from error

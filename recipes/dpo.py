@@ -58,8 +58,9 @@ def main(training_args: CalibratedDPOConfig, model_args) -> None:
 
 if __name__ == "__main__":
     from trl import ModelConfig, TrlParser
+    from yaml import YAMLError
 
     try:
         main(*TrlParser((CalibratedDPOConfig, ModelConfig)).parse_args_and_config())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, FileNotFoundError, YAMLError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")  # on one line

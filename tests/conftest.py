@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # also keeps TRL's telemetry off
+# Threads wait for one another by spinning: on tiny matrices and a busy machine two are ten times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 from pathlib import Path
@@ -24,9 +26,10 @@ DEPTH, WIDTH = 5, 32
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keeps cached reference readings of one test away from another."""
-    monkeypatch.setenv("CALIBRATE_CACHE", str(tmp_path / "cache"))
+def own_cache(request, tmp_path, monkeypatch):
+    """Keeps cached reference readings of one test away from another; slow tests use the user's converted model."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("CALIBRATE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +40,9 @@ def tokenizer():
     core.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator([story.text for story in corpora.load_stories()[:80]], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -89,7 +94,8 @@ def planted() -> EmotionVectors:
     torch.manual_seed(0)
     vectors = EmotionVectors(
         concepts=["desperate", "calm"], layers=[1, 2], hidden_size=8, depth=DEPTH,
-        samples={"token": 4000, "header": 4000, "reply": 4000, "text": 4000}, model="planted", weight_hash="0", recipe={},
+        samples={"token": 4000, "header": 4000, "reply": 4000, "text": 4000},
+        model="planted", weight_hash="0", recipe={},
     )  # fmt: skip
     vectors.directions[0, :, 0] = 1
     vectors.directions[1, :, 1] = 1
@@ -100,5 +106,6 @@ def planted() -> EmotionVectors:
 
 def write_jsonl(path: Path, rows: list) -> Path:
     """Writes rows (dicts, or raw lines) to a JSONL file."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path

@@ -104,6 +104,8 @@ def _check_comparable(before: Record, after: Record) -> None:
         ("target concept", before.concept, after.concept),
         ("base weights of the vectors", before.vectors.weight_hash, after.vectors.weight_hash),
         ("pairs", before.pair_tasks, after.pair_tasks),
+        ("content of the corpora", before.options.get("corpora"), after.options.get("corpora")),
+        ("chat template", before.options.get("chat_template"), after.options.get("chat_template")),
     ):
         if one != other:
             raise ValueError(

@@ -33,12 +33,19 @@ class Record(NamedTuple):
     def save(self, folder: Path) -> None:
         """Writes the folder aside and renames it, so that it is whole or absent."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-        tensors = {"states": self.profile.states, "own_directions": self.own_directions.contiguous()}
-        save_file(tensors, aside / "states.safetensors")
-        self.vectors.save(aside / "vectors")
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
+            whole = Path(aside) / folder.name  # the temporary folder itself can be read by its owner only
+            self.vectors.save(whole / "vectors")
+            tensors = {"states": self.profile.states, "own_directions": self.own_directions.contiguous()}
+            save_file(tensors, whole / "states.safetensors")
+            (whole / "audit.json").write_text(json.dumps(self._content(), indent=1), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(whole, folder)
+
+    def _content(self) -> dict:
+        """What `audit.json` holds."""
         profile = self.profile
-        content = {
+        return {
             "model": self.model,
             "concept": self.concept,
             "options": self.options,
@@ -56,9 +63,6 @@ class Record(NamedTuple):
             },
             "trace": profile.trace._asdict(),
         }
-        (aside / "audit.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(aside, folder)
 
     def summary(self) -> dict:
         """Mean readings over the band by role, kind and concept, with 95 % intervals over tasks, in sigma."""

@@ -1,5 +1,6 @@
 """Typed loaders for the shipped corpora and for a user's own files in the same format."""
 
+import io
 import json
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -63,17 +64,24 @@ def load_twins(path: Path | None = None) -> list[tuple[Context, Context]]:
     """(failing, passing) contexts of every task, in file order; see `_load` for the errors.
 
     Raises:
-        ValueError: a task lacks one of its two outcomes.
+        ValueError: a task lacks one of its two outcomes, has one twice, or has its twins in different splits.
     """
     path = path or FOLDER / "twins.jsonl"
     by_task: dict[str, dict[str, Context]] = {}
     for row in _load(Context, path):
-        by_task.setdefault(row.task, {})[row.outcome] = row
+        outcomes = by_task.setdefault(row.task, {})
+        if row.outcome in outcomes:
+            raise ValueError(
+                f"{path}: task {row.task!r} has two {row.outcome} contexts; give one failing and one passing"
+            )
+        outcomes[row.outcome] = row
     for task, outcomes in by_task.items():
         if set(outcomes) != {"failing", "passing"}:
             raise ValueError(
                 f"{path}: task {task!r} has outcomes {sorted(outcomes)}; give one failing and one passing"
             )
+        if len(splits := {row.split for row in outcomes.values()}) > 1:
+            raise ValueError(f"{path}: task {task!r} has its twins in the splits {sorted(splits)}; give both the same")
     return [(outcomes["failing"], outcomes["passing"]) for outcomes in by_task.values()]
 
 
@@ -93,13 +101,17 @@ def _load(kind: type[Row], path: Path) -> list[Row]:
     """Reads a JSONL file into rows of `kind`; keys that `kind` does not have are provenance and are left out.
 
     Raises:
-        ValueError: the file is missing or empty, or a line is not JSON, lacks a key, is empty, or has another split;
-            the message names file and line.
+        ValueError: the file is missing, empty or not UTF-8, or a line is not JSON, lacks a key, is empty, or has
+            another split; the message names file and line.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSONL file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(io.StringIO(text), 1):  # `splitlines` would cut at U+2028, which JSON allows
         where = f"{path}:{number}"
         if not line.strip():
             raise ValueError(f"{where}: the line is empty; remove it")

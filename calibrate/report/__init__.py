@@ -140,4 +140,6 @@ def _heat(record: Record) -> list[dict]:
         text = trace.text[max(start, position) : stop]
         pieces.append({"text": text, "role": role, "reading": reading, "colour": colour})
         position = stop
+    if position < len(trace.text):
+        pieces.append({"text": trace.text[position:], "role": "template", "reading": None, "colour": "transparent"})
     return pieces

@@ -5,8 +5,6 @@ import json
 import os
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from calibrate.training.configs import CalibratedDPOConfig
 from calibrate.vectors import load_vectors
 
@@ -51,14 +49,15 @@ def claim(args: CalibratedDPOConfig, model_args, data: list) -> str | None:
     options = json.loads(json.dumps(options, default=str))
     folder = Path(str(args.output_dir))
     path = folder / "calibration" / "options.json"
-    if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(
-                f"output folder {folder} is not empty and holds no run of this recipe; choose another `output_dir`"
-            )
+    # A run that was refused before it began (wrong vectors, say) has left nothing but its claim: that is taken over.
+    if not any(item.is_file() and item != path for item in folder.rglob("*")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(options, indent=2), encoding="utf-8")
         return None
+    if not path.is_file():
+        raise ValueError(
+            f"output folder {folder} is not empty and holds no run of this recipe; choose another `output_dir`"
+        )
     kept = json.loads(path.read_text(encoding="utf-8"))
     if differing := sorted(key for key in kept.keys() | options.keys() if kept.get(key) != options.get(key)):
         raise ValueError(
@@ -67,7 +66,13 @@ def claim(args: CalibratedDPOConfig, model_args, data: list) -> str | None:
         )
     if (folder / "calibration" / "finished.json").is_file():
         return FINISHED
-    return get_last_checkpoint(str(folder))
+    return _last_complete_checkpoint(folder)
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that holds the file that is written last: a stop while saving leaves one without."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def finish(trainer, folder: Path) -> None:

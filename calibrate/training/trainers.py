@@ -38,6 +38,10 @@ class CalibrationMixin(_Trainer):
         **options,
     ):
         super().__init__(*positional, **options)
+        if not len(self.train_dataset):  # TRL drops them without a word
+            raise ValueError(
+                f"no training example is left: with `max_length` {self.args.max_length} every prompt is cut; raise it"
+            )
         self._calibration = None
         if not self.args.is_plain():
             if not hasattr(self.model, "disable_adapter"):
@@ -49,7 +53,8 @@ class CalibrationMixin(_Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._calibration is None:
+        # Evaluation has the trainer's own loss: the contexts are training data, and their order must not depend on it.
+        if self._calibration is None or not self.model.training:
             return result
         loss = result[0] if return_outputs else result
         unwrapped = self.accelerator.unwrap_model(model)
@@ -61,12 +66,11 @@ class CalibrationMixin(_Trainer):
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return self.current_gradient_accumulation_steps if scaled and self.model.training else 1
+        return self.current_gradient_accumulation_steps if scaled else 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._calibration is not None:
-            prefix = "" if self.model.training else "eval_"
-            logs |= {prefix + name: value for name, value in self._calibration.take_metrics().items()}
+        if self._calibration is not None and self.model.training:
+            logs |= self._calibration.take_metrics()
         super().log(logs, start_time)
 
 

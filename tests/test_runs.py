@@ -1,0 +1,44 @@
+import re
+
+import pytest
+from trl import ModelConfig
+
+from calibrate.training import runs
+from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.vectors import load_vectors
+
+
+def claimed(folder, vectors, data=("data",), **options):
+    options = {"use_cpu": True, "bf16": False, "vectors": str(vectors), "output_dir": str(folder)} | options
+    args = CalibratedDPOConfig(**options)
+    return runs.claim(args, ModelConfig(model_name_or_path="tiny"), list(data))
+
+
+def test_an_output_folder_belongs_to_one_configuration(tmp_path, tiny_vectors):
+    folder = tmp_path / "run"
+    folder.mkdir()  # an empty folder is as good as none
+    # A run that is refused before it begins leaves nothing but its claim; put right, it may have the folder.
+    assert claimed(folder, tiny_vectors, anchor_weight=7.0) is None
+    assert claimed(folder, tiny_vectors) is None
+    (folder / "calibration" / "state.json").write_text("{}")
+    assert claimed(folder, tiny_vectors, logging_steps=5) is None  # how it reports is no other run
+    for options, differing in (
+        ({"hinge_share": 0.1}, "hinge_share"),
+        ({"learning_rate": 1e-5, "arm": "random"}, "arm, learning_rate"),
+        ({"data": ("other",)}, "data"),
+    ):
+        message = rf"another configuration .*differing: {differing}\); choose another `output_dir`"
+        with pytest.raises(ValueError, match=message):
+            claimed(folder, tiny_vectors, **options)
+    changed = load_vectors(str(tiny_vectors))
+    changed.recipe = changed.recipe | {"seed": 7}
+    changed.save(tmp_path / "vectors")
+    with pytest.raises(ValueError, match=r"differing: vectors\)"):
+        claimed(folder, tmp_path / "vectors")
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, tiny_vectors):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is not empty and holds no run of this recipe"):
+        claimed(tmp_path, tiny_vectors)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
