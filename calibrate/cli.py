@@ -212,13 +212,17 @@ def _audit_texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Computes the change, names the outcome and writes the report."""
+    from tqdm import tqdm
+
     from calibrate import report
     from calibrate.audit import readers, verdict
     from calibrate.audit.record import load_record
 
-    before, after = load_record(arguments.before), load_record(arguments.after)
-    change = readers.compare(before, after)
-    control = readers.compare(before, load_record(arguments.control)) if arguments.control else None
+    before = load_record(arguments.before)
+    folders = [arguments.after] + ([arguments.control] if arguments.control else [])
+    records = [load_record(folder) for folder in folders]
+    changes = [readers.compare(before, record) for record in tqdm(records, desc="comparing audits", unit="audit")]
+    after, change, control = records[0], changes[0], changes[1] if arguments.control else None
     outcome = verdict.judge(change, before.vectors.band is not None, before.vectors.band_reason, control)
     report.write(arguments.out, outcome, before, after, change, control)
     print(f"Outcome: {outcome.outcome}. {outcome.findings[0].reason}")

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["calibrate"]
-# ///
 """
 Calibrated preference tuning: LoRA DPO on failing-test contexts with a penalty on the desperation reading.
 
@@ -13,7 +10,7 @@ Run the same command again after a stop: it resumes from the last checkpoint.
 """
 
 import sys
-from pathlib import Path
+import warnings
 
 from calibrate import corpora, models
 from calibrate.training import runs
@@ -25,14 +22,23 @@ def main(training_args: CalibratedDPOConfig, model_args) -> None:
     from datasets import Dataset
     from trl import get_peft_config
 
-    twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"]
+    # PEFT looks the base model's vocabulary up on the Hub at every save, to see whether it was resized; it was not.
+    warnings.filterwarnings("ignore", message="(Unable to fetch remote file|Could not find a config file)")
+
+    twins = [twin for twin in corpora.load_twins(training_args.twins) if twin[0].split == "train"]
     twins = corpora.spread(twins, training_args.max_tasks)
     tasks = {failing.task for failing, _ in twins}
-    pairs = corpora.spread([pair for pair in corpora.load_pairs() if pair.task in tasks], training_args.max_pairs)
-    dialogues = [dialogue for dialogue in corpora.load_neutral() if dialogue.split == "train"]
-    stories = [story for story in corpora.load_stories() if story.split == "train"]
+    pairs = [pair for pair in corpora.load_pairs(training_args.pairs) if pair.task in tasks]
+    pairs = corpora.spread(pairs, training_args.max_pairs)
+    dialogues = [dialogue for dialogue in corpora.load_neutral(training_args.neutral) if dialogue.split == "train"]
+    stories = [story for story in corpora.load_stories(training_args.stories) if story.split == "train"]
 
-    checkpoint = models.load(model_args.model_name_or_path, trust_remote_code=training_args.trust_remote_code)
+    runs.refuse_unused(training_args, model_args)
+    checkpoint = models.load(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
     peft_config = get_peft_config(model_args)
     runs.keep_below_band(peft_config, training_args)
     resume_from = runs.claim(training_args, model_args, [twins, pairs, dialogues, stories, checkpoint.weight_hash])
@@ -52,7 +58,7 @@ def main(training_args: CalibratedDPOConfig, model_args) -> None:
     )
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(training_args.output_dir)
-    runs.finish(trainer, Path(training_args.output_dir))
+    runs.finish(trainer)
     trainer.end()
 
 
@@ -60,7 +66,8 @@ if __name__ == "__main__":
     from trl import ModelConfig, TrlParser
     from yaml import YAMLError
 
+    parser = TrlParser([CalibratedDPOConfig, ModelConfig])  # ty: ignore[invalid-argument-type]
     try:
-        main(*TrlParser((CalibratedDPOConfig, ModelConfig)).parse_args_and_config())
+        main(*parser.parse_args_and_config())  # ty: ignore[invalid-argument-type]
     except (ValueError, FileNotFoundError, YAMLError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")  # on one line

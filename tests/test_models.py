@@ -209,7 +209,8 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny
     assert sum("converting" in message for message in caplog.messages) == 2  # once stopped, once done
     converted = load("default")
     assert torch.equal(logits(converted.model), logits(tiny_model.eval()))
-    assert converted.tokenizer.tokenize("x 1234") == ["x", "Ġ", "1", "2", "3", "4"]  # digits are split off again
+    pieces = converted.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x 12")
+    assert [piece for piece, _ in pieces] == ["x", "Ġ", "1", "2"]  # digits are split off again
 
 
 def test_an_adapter_of_the_default_model_finds_it_on_any_machine(no_hub, folder, tmp_path):

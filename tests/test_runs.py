@@ -42,3 +42,15 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, tiny_vectors):
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is not empty and holds no run of this recipe"):
         claimed(tmp_path, tiny_vectors)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("model", "load_in_4bit", True), ("training", "resume_from_checkpoint", "x")]
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path, section, name, value):
+    training = CalibratedDPOConfig(vectors="v", output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    model = ModelConfig(use_peft=True, lora_r=4)
+    runs.refuse_unused(training, model)
+    setattr(model if section == "model" else training, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` is .*which this recipe does not use"):
+        runs.refuse_unused(training, model)

@@ -214,7 +214,7 @@ def test_a_run_that_is_killed_half_way_ends_as_an_unbroken_one(make, tmp_path):
     for name in ("state.json", "tensors.safetensors"):  # hinge weight, directions and ceilings
         kept, wanted = [(tmp_path / run / "calibration" / name).read_bytes() for run in ("broken", "unbroken")]
         assert kept == wanted
-    runs.finish(resumed, folder)
+    runs.finish(resumed)
     assert runs.claim(args, ModelConfig(), PAIRS) == runs.FINISHED
 
 

@@ -84,8 +84,8 @@ def _evasion(change: Change) -> Finding | None:
         return Finding(
             "evasion",
             f"the frozen reading fell by {_show(change.fall_failing)} sigma, the re-extracted one by "
-            f"{_show(change.fall_own)}: "
-            f"evasion index {_show(change.evasion)}",
+            f"{_show(change.fall_own)}: evasion index {_show(change.evasion)} (by the reference's own directions of "
+            f"the same stories the fall is {_show(change.fall_held_out)})",
         )
     return None
 

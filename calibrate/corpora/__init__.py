@@ -50,17 +50,17 @@ class Pair(NamedTuple):
     rejected: list[dict[str, str]]
 
 
-def load_stories(path: Path | None = None) -> list[Story]:
+def load_stories(path: Path | str | None = None) -> list[Story]:
     """The shipped stories, or those of `path`; see `_load` for the errors."""
     return _load(Story, path or FOLDER / "stories.jsonl")
 
 
-def load_neutral(path: Path | None = None) -> list[Dialogue]:
+def load_neutral(path: Path | str | None = None) -> list[Dialogue]:
     """The shipped neutral dialogues, or those of `path`; see `_load` for the errors."""
     return _load(Dialogue, path or FOLDER / "neutral.jsonl")
 
 
-def load_twins(path: Path | None = None) -> list[tuple[Context, Context]]:
+def load_twins(path: Path | str | None = None) -> list[tuple[Context, Context]]:
     """(failing, passing) contexts of every task, in file order; see `_load` for the errors.
 
     Raises:
@@ -85,7 +85,7 @@ def load_twins(path: Path | None = None) -> list[tuple[Context, Context]]:
     return [(outcomes["failing"], outcomes["passing"]) for outcomes in by_task.values()]
 
 
-def load_pairs(path: Path | None = None) -> list[Pair]:
+def load_pairs(path: Path | str | None = None) -> list[Pair]:
     """The shipped preference pairs, or those of `path`; see `_load` for the errors."""
     return _load(Pair, path or FOLDER / "pairs.jsonl")
 
@@ -97,13 +97,14 @@ def spread(rows: list, count: int | None) -> list:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _load(kind: type[Row], path: Path) -> list[Row]:
+def _load(kind: type[Row], path: Path | str) -> list[Row]:
     """Reads a JSONL file into rows of `kind`; keys that `kind` does not have are provenance and are left out.
 
     Raises:
         ValueError: the file is missing, empty or not UTF-8, or a line is not JSON, lacks a key, is empty, or has
             another split; the message names file and line.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSONL file")
     try:

@@ -63,6 +63,16 @@ class CalibratedDPOConfig(DPOConfig):
     contexts_per_step: int = field(
         default=2, metadata={"help": "Failing contexts, and as many twins, per micro-step."}
     )
+    twins: str | None = field(
+        default=None, metadata={"help": "JSONL of failing and passing contexts. Default: the shipped ones."}
+    )
+    pairs: str | None = field(default=None, metadata={"help": "JSONL of preference pairs. Default: the shipped ones."})
+    neutral: str | None = field(
+        default=None, metadata={"help": "JSONL of neutral dialogues. Default: the shipped ones."}
+    )
+    stories: str | None = field(
+        default=None, metadata={"help": "JSONL of emotion stories. Default: the shipped ones."}
+    )
     max_tasks: int | None = field(
         default=None, metadata={"help": "Train on so many evenly spaced tasks. Default: all."}
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from calibrate.training.configs import CalibratedDPOConfig
@@ -20,6 +21,22 @@ _NO_MATTER = {
     "hub_token",
 }
 _NO_MATTER |= {"push_to_hub", "save_total_limit", "disable_tqdm", "project", "trackio_space_id", "logging_dir"}
+
+
+def refuse_unused(args: CalibratedDPOConfig, model_args) -> None:
+    """Raises ValueError where an option is set that the recipe would not use: nothing is ignored in silence."""
+    used = {"model_name_or_path", "model_revision", "use_peft", "use_rslora", "use_dora"}
+    for option in fields(model_args):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        value = getattr(model_args, option.name)
+        if option.name not in used and not option.name.startswith("lora_") and value != default:
+            raise ValueError(f"`{option.name}` is {value!r}, which this recipe does not use; remove it")
+    for name in ("resume_from_checkpoint", "model_init_kwargs"):
+        if value := getattr(args, name):
+            raise ValueError(
+                f"`{name}` is {value!r}, which this recipe does not use (it resumes by itself, and loads the model as "
+                "`calibrate.load` does); remove it"
+            )
 
 
 def keep_below_band(peft_config, args: CalibratedDPOConfig) -> None:
@@ -75,8 +92,9 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-def finish(trainer, folder: Path) -> None:
+def finish(trainer) -> None:
     """Marks the run as complete, with its log, after everything else is written."""
+    folder = Path(trainer.args.output_dir)
     if trainer.accelerator.is_main_process:
         aside = folder / "calibration" / "finished.json.partial"
         aside.write_text(json.dumps(trainer.state.log_history, indent=2), encoding="utf-8")

@@ -1,5 +1,6 @@
 """One mixin that adds the calibration terms to a TRL trainer's loss, and the trainers made with it."""
 
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from trl import DPOTrainer
@@ -38,7 +39,7 @@ class CalibrationMixin(_Trainer):
         **options,
     ):
         super().__init__(*positional, **options)
-        if not len(self.train_dataset):  # TRL drops them without a word
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):  # TRL drops them without a word
             raise ValueError(
                 f"no training example is left: with `max_length` {self.args.max_length} every prompt is cut; raise it"
             )
