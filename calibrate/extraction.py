@@ -142,19 +142,17 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
     _, sigma = vectors.scale("header")
     row = vectors.index(target)
     contrast = torch.einsum("lh,lh->l", difference, vectors.directions[row].double()) / sigma[row]
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(1000, len(vectors.layers), vectors.hidden_size, generator=generator, dtype=torch.float64)
-    draws /= draws.norm(dim=-1, keepdim=True)
-    _, sigma = vectors.scale("header", draws)
-    random = (torch.einsum("lh,rlh->rl", difference, draws) / sigma).quantile(0.95, dim=0)
+    random = _random_contrasts(vectors.neutral("header").double(), difference).quantile(0.95, dim=0)
     chance = 1 / len(vectors.concepts)
     holds = (contrast > random) & (accuracy >= 3 / len(vectors.concepts))
     runs: list[list[int]] = [[]]
     for position, layer in enumerate(vectors.layers):
-        if holds[position]:
-            runs[-1].append(layer)
-        elif runs[-1]:
+        if not holds[position]:
             runs.append([])
+        elif runs[-1] and layer != runs[-1][-1] + 1:  # stored layers need not be neighbours
+            runs.append([layer])
+        else:
+            runs[-1].append(layer)
     best = max(runs, key=len)
     figures = [[round(float(x), 3) for x in series] for series in (contrast, random, accuracy)]
     if best:
@@ -174,6 +172,17 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
             "depth."
         )
     return Band(best or None, reason, *figures)
+
+
+def _random_contrasts(neutral: Tensor, difference: Tensor, draws: int = 1000) -> Tensor:
+    """Contrasts of random unit directions in sigma, [draws, layers], from header states [samples, layers, hidden]."""
+    generator = torch.Generator().manual_seed(0)
+    contrasts = []
+    for layer in range(neutral.shape[1]):  # one layer at a time: all draws of a large model would not fit in memory
+        directions = torch.randn(neutral.shape[2], draws, generator=generator, dtype=torch.float64)
+        directions /= directions.norm(dim=0)
+        contrasts.append(difference[layer] @ directions / (neutral[:, layer] @ directions).std(0))
+    return torch.stack(contrasts, dim=1)
 
 
 def make_vectors(

@@ -114,7 +114,7 @@ def test_audits_of_different_things_are_refused(planted, what, fields, edit):
 @pytest.mark.parametrize("kl", [None, 0.25])
 def test_a_record_comes_back_from_disk(planted, tmp_path, kl):
     planted.set_band([1, 2], "by hand")
-    record = make_record(planted, {"failing": {0: LEVELS * (1, 3)}}, kl=kl, options={"tasks": 8})
+    record = make_record(planted, {"failing": {0: LEVELS * (1, 3)}}, own=5, kl=kl, options={"tasks": 8})
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "stale").touch()
     record.save(tmp_path / "audit")

@@ -150,7 +150,7 @@ def test_a_planted_band_is_found():
     vectors, (failing, passing) = header_vectors(), headers(0)
     failing[:, [1, 5, 6], 1] += 3
     failing[:, [0, 2, 3, 4, 7], 0] += 3
-    band = search_band(vectors, "concept 0", failing, passing, torch.full((8,), 0.3).double())  # three times chance
+    band = search_band(vectors, "concept 0", failing, passing, torch.full((8,), 0.3, dtype=torch.float64))
     assert band.layers == [5, 6, 7]
     assert all(abs(band.contrast[i] - 3) < 1 for i in (0, 2, 3, 4, 7))  # 30 tasks: standard error 0.26
     assert all(abs(band.contrast[i]) < 1 for i in (1, 5, 6))

