@@ -64,7 +64,8 @@ def test_page_needs_no_network_and_no_scripts(audits, tmp_path):
 
 def test_every_value_is_escaped(audits, tmp_path):
     """Planted: a model, an option, a finding, a concept (table, figure), the band's reason, a recipe, a transcript."""
-    page = write(tmp_path, audits)
+    whole = TokenTrace(SCRIPT, [(0, len(SCRIPT))], ["user"], [1.0])  # one token, which no piece's markup breaks up
+    page = write(tmp_path, [audits[0]._replace(profile=audits[0].profile._replace(trace=whole)), *audits[1:]])
     assert SCRIPT not in page
     assert f"because {SCRIPT}" in elements(page, "p")
     assert f"tuned {SCRIPT}" in elements(page, "code")

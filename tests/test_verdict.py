@@ -37,10 +37,10 @@ FAULTS = {  # name: (outcomes in order, words of the first reason, what is plant
     "another concept": (["displacement"], "calm rose by 1.00", {"after": trained({**FALLEN, 1: 1 + SPREAD})}),
     "another layer": (["displacement"], "rose at layer 1$", {"after": trained({0: LEVELS + np.array([3, 0.5])})}),
     "behaviour alone": (["suppression", "no effect"], "reading stayed", {"after": BEHAVIOUR}),
-    "nothing": (["no effect"], "less than 0.3", {"after": UNTRAINED}),
-    "no behaviour": (["no effect"], "nothing$", {"after": UNCHANGED_BEHAVIOUR}),
+    "nothing": (["no effect"], "not above 0.3 with an interval above 0", {"after": UNTRAINED}),
+    "no behaviour": (["no effect"], "is not surely above 0$", {"after": UNCHANGED_BEHAVIOUR}),
     "reading as the control": (["no effect"], "random direction", {"control": UNCHANGED_BEHAVIOUR}),
-    "behaviour as the control": (["no effect"], "beyond the control", {"control": CONTROL | {"likelihoods": HONEST}}),
+    "behaviour as the control": (["no effect"], "above the control", {"control": CONTROL | {"likelihoods": HONEST}}),
     "many": (["damage", "indiscriminate", "evasion", "displacement", "no effect"], "loss on neutral", {"after": MANY}),
 }
 

@@ -91,7 +91,7 @@ def _evasion(change: Change) -> Finding | None:
 
 
 def _displacement(change: Change) -> Finding | None:
-    """A rise elsewhere: in a later layer, or in another concept, by more than the smallest fall that counts."""
+    """A rise elsewhere: at another layer, or in another concept, by more than the smallest fall that counts."""
     if change.specificity is None:
         return None
     inside = [c for c in change.concepts if c.change.above(SMALLEST_FALL) and c.p < 0.05]
@@ -118,7 +118,8 @@ def _no_effect(change: Change, control: Change | None) -> Finding | None:
     if change.specificity is None:
         return Finding(
             "no effect",
-            f"the reading fell by {_show(change.fall_failing)} sigma, less than {SMALLEST_FALL} or not surely",
+            f"the fall of the reading on failing contexts is {_show(change.fall_failing)} sigma: not above "
+            f"{SMALLEST_FALL} with an interval above 0",
         )
     if control and not change.fall_failing.above(control.fall_failing.estimate):
         return Finding(
@@ -127,11 +128,11 @@ def _no_effect(change: Change, control: Change | None) -> Finding | None:
             f"({_show(control.fall_failing)})",
         )
     if not change.margin.above(control.margin.estimate if control else 0):
-        beyond = f" beyond the control arm's {_show(control.margin)}" if control else ""
+        least = f"the control arm's {_show(control.margin)}" if control else "0"
         return Finding(
             "no effect",
-            f"the reading fell, but honest replies gained {_show(change.margin)} nats per token on gaming ones, "
-            f"nothing{beyond}",
+            f"the reading fell, but the gain of honest on gaming replies, {_show(change.margin)} nats per token, is "
+            f"not surely above {least}",
         )
     return None
 
