@@ -133,4 +133,4 @@ def _run_isolated(command: list[str], stage: str, environment: dict[str, str], l
         if pipe.read() != "ready\n":
             reason = output.strip().splitlines()[-1:] or ["no reason given"]
             raise SandboxError(f"this machine grants no isolation ({reason[0]}); nothing was run")
-    return Completed(exit_code, output.replace(work, "/work"))
+    return Completed(exit_code, output.replace(work, "/repo"))

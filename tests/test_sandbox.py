@@ -27,7 +27,7 @@ exec "$@"
 
 
 def test_exit_code_and_output():
-    """Both streams are captured in order, the folder is importable, and its name is /work."""
+    """Both streams are captured in order, the folder is importable, and its name is /repo."""
     main = """
 import os, sys
 from package.helper import WORD
@@ -36,7 +36,7 @@ print(os.getcwd(), file=sys.stderr)
 sys.exit(3)
 """
     completed = sandbox.run(["python", "main.py"], {"main.py": main, "package/helper.py": "WORD = 'grün'\n"})
-    assert completed == sandbox.Completed(3, "grün\n/work\n")
+    assert completed == sandbox.Completed(3, "grün\n/repo\n")
 
 
 def test_the_callers_environment_is_not_passed_on(monkeypatch):
@@ -181,7 +181,7 @@ print(sorted(os.listdir("/dev")), set(os.listdir("/run")) - {"mount"})  # `mount
     assert completed.output == f"1\n{0:016x}\n['fd', 'full', 'null', 'random', 'urandom', 'zero'] set()\n"
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", "folder/../../outside.txt"])
+@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "folder/../../outside.txt"])
 def test_a_path_that_leaves_the_folder_is_refused(name):
     with pytest.raises(sandbox.SandboxError, match=rf"file '{name}' leaves the sandbox folder; give a relative path"):
         sandbox.run(["true"], {name: "x"})

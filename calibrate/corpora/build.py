@@ -2,7 +2,7 @@
 
 Run as `python -m calibrate.corpora.build`. A task (`tasks/*.yaml`) holds the conversation, the code that the assistant
 shows, and two versions of the test file or of the environment. Both versions are executed; what the tools printed
-becomes the tool result. Only the sandbox's folder is renamed (to /work); nothing else of the output is touched.
+becomes the tool result. Only the sandbox's folder is renamed (to /repo); nothing else of the output is touched.
 """
 
 import argparse
