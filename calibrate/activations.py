@@ -113,20 +113,33 @@ def states(
     device = next(model.parameters()).device
     body = models.decoder(model)
     tap = Tap(model, layers)
+    later = models.blocks(model)[max(layers) + 1 :]
+    stop = later[0].register_forward_pre_hook(_stop) if later else None  # where the body does not cut itself
     bar = tqdm(total=len(sequences), desc=description, unit="text", disable=description is None)
     try:
         for rows in token_budget_batches([len(sequence) for sequence in sequences], token_budget):
             batch = collate(rows, sequences, device, side)
-            with models.cut_after(model, max(layers)), tap.recording() as recorded:
+            cut = models.cut_after(model, max(layers))
+            with cut, tap.recording() as recorded, contextlib.suppress(_Cut):
                 body(**batch.inputs, use_cache=False)
             for index, row in enumerate(rows):
                 start = int(batch.first[index])
-                stop = start + len(sequences[row])
-                yield row, torch.stack([recorded[layer][index, start:stop] for layer in layers])
+                end = start + len(sequences[row])
+                yield row, torch.stack([recorded[layer][index, start:end] for layer in layers])
             bar.update(len(rows))
     finally:
         tap.remove()
+        if stop is not None:
+            stop.remove()
         bar.close()
+
+
+class _Cut(Exception):
+    """The forward pass has reached the first block that nobody reads."""
+
+
+def _stop(module: nn.Module, inputs: tuple) -> None:
+    raise _Cut
 
 
 def pooled(

@@ -15,7 +15,10 @@ class Concept(NamedTuple):
 
     name: str
     family: str  # the study's k-means family
+    valence: float  # 1 unpleasant to 9 pleasant; the source is named in concepts.yaml
+    arousal: float  # 1 still to 9 stirred
     synonyms: tuple[str, ...]  # words that give it away; a prefix where it ends in `*`
+    sense: str  # what sets it apart from its neighbours
 
     def leak(self, text: str) -> str | None:
         """The first word of `text` that names this concept or a listed synonym, else None."""
@@ -33,4 +36,4 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
 def load_concepts() -> dict[str, Concept]:
     """All shipped concepts by name, in the order of the file."""
     rows = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text(encoding="utf-8"))
-    return {name: Concept(name, row["family"], tuple(row["synonyms"])) for name, row in rows.items()}
+    return {name: Concept(name, **(row | {"synonyms": tuple(row["synonyms"])})) for name, row in rows.items()}

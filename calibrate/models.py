@@ -31,6 +31,7 @@ class Checkpoint(NamedTuple):
     source: str  # the Hub id or folder it came from
     weight_hash: str  # of the base weights; an adapter does not change it
     adapter_hash: str | None = None  # of the adapter's file
+    revision: str | None = None  # the Hub's commit, where the base came from there
 
 
 def cache_folder() -> Path:
@@ -46,13 +47,17 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     chat_template: Path | None = None,
+    block_list: str | None = None,
 ) -> Checkpoint:
-    """Loads a Hub id, a local folder, a PEFT adapter folder, or `default`, through one call.
+    """Loads a Hub id, a local folder, a PEFT adapter folder, or `default` through one call, onto a GPU if any.
 
     float32 on a CPU without bf16 units, where bf16 is several times slower; else the checkpoint's own dtype.
 
+    Args:
+        block_list: dotted name, from the body, of the list of its blocks, for an architecture `blocks` cannot find.
+
     Raises:
-        ValueError: nothing is found under `name`, or the tokenizer has no chat template.
+        ValueError: nothing is found under `name`, or the tokenizer has no chat template, or the model no such blocks.
     """
     source, adapter = _resolve(name)
     model, tokenizer = _open(name, source, revision=revision, trust_remote_code=trust_remote_code)
@@ -75,7 +80,18 @@ def load(
 
         model = PeftModel.from_pretrained(model, adapter)
         adapter_hash = hash_weights(model)
-    return Checkpoint(model.eval(), tokenizer, name, source, weight_hash, adapter_hash)
+    if block_list is not None:
+        decoder(model).calibrate_blocks = block_list
+    blocks(model)  # raises where it finds none
+    revision = getattr(model.config, "_commit_hash", None)
+    return Checkpoint(_to_device(model.eval()), tokenizer, name, source, weight_hash, adapter_hash, revision)
+
+
+def _to_device(model: Any) -> Any:
+    """On the GPU of this process where there is one: under `accelerate launch` each process has its own."""
+    if not torch.cuda.is_available():
+        return model
+    return model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
 
 
 def _open(name: str, source: str, **options) -> tuple[Any, Any]:
@@ -231,15 +247,21 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """The transformer blocks in order; `blocks(model)[i]` gives what this project calls layer i.
 
     Raises:
-        ValueError: no list of as many modules as the configuration has layers.
+        ValueError: no list of as many modules as the configuration has layers, nor one under the name that was given.
     """
     body = decoder(model)
     depth = text_config(model).num_hidden_layers
-    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    named = getattr(body, "calibrate_blocks", None)
+    if named is not None:
+        found = dict(body.named_modules()).get(named)
+        lists = [found] if isinstance(found, nn.ModuleList) and len(found) == depth else []
+    else:
+        lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
     if not lists:
+        others = [name for name, child in body.named_modules() if isinstance(child, nn.ModuleList)]
         raise ValueError(
-            f"{type(body).__name__} has no list of {depth} blocks directly below it; this architecture is not "
-            f"supported"
+            f"{type(body).__name__} has no list of {depth} blocks {f'named {named!r}' if named else 'right below it'}"
+            f"; name them with `--blocks NAME` (its lists: {', '.join(others) or 'none'})"
         )
     return max(lists, key=lambda child: sum(p.numel() for p in child.parameters()))
 
@@ -248,8 +270,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 def cut_after(model: nn.Module, layer: int) -> Generator[None]:
     """Inside, a forward pass stops after block `layer` where the architecture slices its list by the configuration.
 
-    Where it does not, the pass runs to full depth: slower, with the same states. Nothing is moved or copied, so it is
-    safe inside a training step.
+    Where it does not (GPT-2 and NeoX), it runs to full depth with the same states; `activations.states` stops it.
+    Nothing is moved or copied, so it is safe inside a training step.
 
     Raises:
         ValueError: the model has no such layer.

@@ -1,11 +1,12 @@
 """`EmotionVectors`: the saved directions of all concepts, the reference's neutral states, and what they read."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -13,7 +14,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 POOLINGS = ("token", "header", "reply", "text")
+SHIPPED = Path(__file__).parent / "default_vectors"  # of the default model, by split; `recipe` says how they were made
+
+
+class LayerChoice(NamedTuple):
+    """Where emotions are read: layers, why in words, and the held-out accuracy of every layer of the model."""
+
+    layers: list[int]
+    reason: str
+    accuracy: list[float]
+
+
+def two_thirds(layers: list[int], depth: int) -> list[int]:
+    """Those of `layers` at 60 to 70 % of depth (the study's two thirds), or where there is none the nearest one."""
+    around = [layer for layer in layers if 0.6 <= (layer + 1) / depth <= 0.7]
+    return around or [min(layers, key=lambda layer: abs((layer + 1) / depth - 2 / 3))]
 
 
 class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", tags=["emotion-vectors"]):
@@ -41,10 +59,15 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         band: list[int] | None = None,
         band_reason: str = "",
         band_search: dict | None = None,
+        model_revision: str | None = None,
+        layer_choice: list | None = None,
+        checks: dict | None = None,
     ):
         super().__init__()
         self.concepts, self.layers, self.hidden_size, self.depth = concepts, layers, hidden_size, depth
-        self.model, self.weight_hash, self.recipe = model, weight_hash, recipe
+        self.model, self.weight_hash, self.model_revision, self.recipe = model, weight_hash, model_revision, recipe
+        self.layer_choice = LayerChoice(*layer_choice) if layer_choice else None
+        self.checks = checks  # what `calibrate extract --check` found; None: not run
         self.set_band(band, band_reason, band_search)  # band None: the search found no layers, premise not met
         self.register_buffer("directions", torch.zeros(len(concepts), len(layers), hidden_size))
         for pooling in POOLINGS:
@@ -63,14 +86,11 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         return self.neutral(pooling)[:, self.positions(layers)]
 
     def used_band(self) -> list[int]:
-        """The band, or where the search found none the stored layers at 60 to 70 % of depth (the study's two thirds).
-
-        A shallow model may have none there: then the one stored layer nearest to two thirds.
-        """
+        """The band; where the search found none, the layer choice as far as it is stored; else two thirds of depth."""
         if self.band:
             return self.band
-        around = [layer for layer in self.layers if 0.6 <= (layer + 1) / self.depth <= 0.7]
-        return around or [min(self.layers, key=lambda layer: abs((layer + 1) / self.depth - 2 / 3))]
+        chosen = [layer for layer in self.layer_choice.layers if layer in self.layers] if self.layer_choice else []
+        return chosen or two_thirds(self.layers, self.depth)
 
     def scale(self, pooling: str, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [layers, hidden], sigma [concepts, layers]) of a pooling, for these or any other directions."""
@@ -108,28 +128,35 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         return self.concepts.index(concept)
 
     def check(self, hidden_size: int, depth: int, weight_hash: str, name: str) -> None:
-        """Raises ValueError unless the vectors belong to the base weights of the model called `name`."""
+        """Refuses a model of another shape and warns of other weights (another revision, or full fine-tuning).
+
+        Raises:
+            ValueError: the model called `name` has another width or depth than the vectors' own.
+        """
         if (hidden_size, depth) != (self.hidden_size, self.depth):
             raise ValueError(
                 f"the vectors come from {self.model} (width {self.hidden_size}, {self.depth} layers); model {name!r} "
-                f"has width "
-                f"{hidden_size} and {depth} layers; extract vectors from it with `calibrate extract {name}`"
+                f"has width {hidden_size} and {depth} layers; extract vectors from it with `calibrate extract {name}`"
             )
         if weight_hash != self.weight_hash:
-            raise ValueError(
-                f"the vectors come from {self.model} (weights {self.weight_hash}); model {name!r} has other base "
-                f"weights "
-                f"({weight_hash}); extract vectors from it with `calibrate extract {name}`"
-            )
+            logger.warning(
+                "the vectors come from %s (weights %s, revision %s); model %r has other base weights (%s): another "
+                "revision, or trained in full. Readings keep the unit of the vectors' own model.",
+                self.model, self.weight_hash, self.model_revision, name, weight_hash,
+            )  # fmt: skip
 
-    def save(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors and the card aside and renames: the folder is whole or absent."""
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes config.json, model.safetensors and the card aside and renames: the folder is whole or absent.
+
+        `dtype` is that of the file; in memory vectors are float32.
+        """
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
             whole = Path(aside) / folder.name  # the temporary folder itself can be read by its owner only
             whole.mkdir()
             (whole / "README.md").write_text(self.card(), encoding="utf-8")
-            self.save_pretrained(whole, config=self.config())
+            self.to(dtype).save_pretrained(whole, config=self.config())
+            self.float()
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(whole, folder)
 
@@ -148,33 +175,44 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
 
     def config(self) -> dict:
         """What `config.json` holds: the arguments that build these vectors, without the tensors."""
-        names = ("concepts", "layers", "hidden_size", "depth", "model", "weight_hash", "recipe", "band", "band_reason")
+        names = ("concepts", "layers", "hidden_size", "depth", "model", "weight_hash", "model_revision", "recipe")
+        names += ("band", "band_reason", "band_search", "layer_choice", "checks")
         samples = {pooling: len(self.neutral(pooling)) for pooling in POOLINGS}
-        return {name: getattr(self, name) for name in names} | {"samples": samples, "band_search": self.band_search}
+        return {name: getattr(self, name) for name in names} | {"samples": samples}
 
     def card(self) -> str:
         """The model card: what the vectors are, how they were made and what the checks found."""
         found = f"{self.band[0]} to {self.band[-1]}" if self.band else "none found (premise not met)"
-        rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in self.recipe.items())
+        recipe = [(key, json.dumps(value)) for key, value in self.recipe.items()]
+        checks = [
+            (key, json.dumps(value)) for key, value in (self.checks or {}).items() if not isinstance(value, dict)
+        ]
+        tables = "".join(
+            f"\n| {name} | value |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows) + "\n"
+            for name, rows in (("check", checks), ("setting", recipe))
+            if rows
+        )
         return (
             "---\nlibrary_name: calibrate\ntags: [emotion-vectors]\n---\n\n# Emotion vectors\n\n"
             f"Directions of {len(self.concepts)} emotion concepts in the residual stream of {self.model} (weights "
             f"{self.weight_hash}), layers {self.layers[0]} to {self.layers[-1]} of {self.depth} (layer i is the "
-            f"output of "
-            f"block i, counted from 0). Band: {found}. {self.band_reason}\n\n"
+            f"output of block i, counted from 0). Read at layers {', '.join(map(str, self.used_band()))}. "
+            f"{self.layer_choice.reason if self.layer_choice else ''}\n\nBand for training: {found}. "
+            f"{self.band_reason}\n\n"
             "They say how far a text moves the model along a direction that emotion stories define. They are no "
-            "evidence of "
-            f"experience, and not by themselves evidence about behaviour.\n\nConcepts: {', '.join(self.concepts)}.\n\n"
-            f"| setting | value |\n|---|---|\n{rows}\n"
+            "evidence of experience, and not by themselves evidence about behaviour.\n\n"
+            f"Concepts: {', '.join(self.concepts)}.\n{tables}"
         )
 
 
 def load_vectors(folder: str) -> EmotionVectors:
-    """Loads vectors from a folder or a Hub id.
+    """Loads vectors from a folder, a Hub id, or those that ship for the default model (`default`, `default/audit`).
 
     Raises:
         ValueError: nothing is there, or something else.
     """
+    if folder in ("default", "default/audit"):
+        folder = str(SHIPPED / ("audit" if folder.endswith("audit") else "train"))
     looks_local = Path(folder).exists() or folder.count("/") != 1 or folder.startswith(".")
     if looks_local and not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(

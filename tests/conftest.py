@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from calibrate import corpora, extraction
+from calibrate import corpora, extraction, shards
 from calibrate.models import Checkpoint, hash_weights
 from calibrate.vectors import EmotionVectors
 
@@ -23,6 +23,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 DEPTH, WIDTH = 5, 32
+CONCEPTS = ("desperate", "calm", "angry", "afraid", "sad", "happy", "guilty", "proud", "hopeful", "frustrated")
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +79,17 @@ def tiny_vectors(tiny_folder, tokenizer, tmp_path_factory) -> Path:
     checkpoint = Checkpoint(model, tokenizer, str(tiny_folder), str(tiny_folder), hash_weights(model))
     layers = extraction.candidate_layers(DEPTH)
     stories = [story for story in corpora.load_stories() if story.split == "train"]
-    dialogues = [row for row in corpora.load_neutral() if row.split == "train"]
-    neutral = extraction.read_neutral(checkpoint, dialogues, layers)
-    read = extraction.read_stories(checkpoint, stories, layers)
-    vectors = extraction.make_vectors(checkpoint, read, neutral["token"], neutral, layers, {"split": "train"})
+    stories = [story for story in stories if story.concept in CONCEPTS]
+    dialogues = [row for row in corpora.load_neutral() if row.split == "train"][:40]
+    items = {
+        "stories": extraction.story_items(tokenizer, stories),
+        "neutral": extraction.neutral_items(tokenizer, dialogues),
+    }
+    groups = shards.read(checkpoint, items, layers, tmp_path_factory.mktemp("states"))
+    neutral = extraction.neutral_states(groups["neutral"])
+    read = extraction.Read(stories, groups["stories"], neutral["token"])
+    found = extraction.by_recipe("paper", read)
+    vectors = extraction.make_vectors(checkpoint, read.concepts, found, neutral, layers, {"split": "train"})
     vectors.set_band([2], "set by the test")
     folder = tmp_path_factory.mktemp("vectors") / "train"
     vectors.save(folder)

@@ -13,9 +13,14 @@ FLOORS = [
     {"activations"},
     {"transcripts"},
     {"corpora"},
-    {"extraction", "vectors"},
+    {"vectors", "generation"},
+    {"shards"},
+    {"extraction", "reading", "geometry", "formats"},
+    {"layers"},
+    {"checks"},
     {"training", "audit"},
     {"report"},
+    {"commands"},
     {"cli"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
@@ -74,7 +79,7 @@ def test_dangerous_calls_are_absent(name):
             assert text not in ("trust_remote_code=True", "weights_only=False", "allow_pickle=True"), text
         elif isinstance(node, ast.Attribute):
             assert text != "torch.load", f"{name}:{node.lineno}"
-        elif isinstance(node, ast.Call) and name != "calibrate/__init__.py":
+        elif isinstance(node, ast.Call) and name not in ("calibrate/__init__.py", "calibrate/cli.py"):
             called = ast.unparse(node.func).split(".")[-1]
             assert called not in ("import_module", "__import__"), f"{name}:{node.lineno}"
 

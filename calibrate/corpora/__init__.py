@@ -50,6 +50,28 @@ class Pair(NamedTuple):
     rejected: list[dict[str, str]]
 
 
+class Deflection(NamedTuple):
+    """A dialogue in which one speaker feels one concept and shows another."""
+
+    id: str
+    felt: str
+    shown: str
+    topic: str
+    split: str
+    text: str
+    spans: list[list[int]]  # characters of what the masking speaker says, [start, stop) each
+
+
+class Ladder(NamedTuple):
+    """One user message with a rising quantity, and where readings are expected to go with it."""
+
+    id: str
+    split: str
+    template: str  # the message; `{value}` stands for the rung
+    values: list  # in rising order of the quantity
+    expected: dict[str, str]  # concept -> up or down
+
+
 def load_stories(path: Path | str | None = None) -> list[Story]:
     """The shipped stories, or those of `path`; see `_load` for the errors."""
     return _load(Story, path or FOLDER / "stories.jsonl")
@@ -58,6 +80,16 @@ def load_stories(path: Path | str | None = None) -> list[Story]:
 def load_neutral(path: Path | str | None = None) -> list[Dialogue]:
     """The shipped neutral dialogues, or those of `path`; see `_load` for the errors."""
     return _load(Dialogue, path or FOLDER / "neutral.jsonl")
+
+
+def load_deflection(path: Path | str | None = None) -> list[Deflection]:
+    """The shipped deflection dialogues, or those of `path`; see `_load` for the errors."""
+    return _load(Deflection, path or FOLDER / "deflection.jsonl")
+
+
+def load_ladders(path: Path | str | None = None) -> list[Ladder]:
+    """The shipped numeric ladders, or those of `path`; see `_load` for the errors."""
+    return _load(Ladder, path or FOLDER / "ladders.jsonl")
 
 
 def load_twins(path: Path | str | None = None) -> list[tuple[Context, Context]]:

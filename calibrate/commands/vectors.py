@@ -1,0 +1,293 @@
+"""`calibrate extract`, `read` and `export`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from calibrate.commands import check_splits, digest, identity, is_done, load
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Reads all texts in one pass and writes one folder of vectors for each split and recipe, and for deflection."""
+    from accelerate import PartialState
+
+    from calibrate import extraction, models, shards
+    from calibrate.vectors import load_vectors
+
+    if arguments.directions:
+        return adopt(arguments)
+    texts = _texts(arguments)
+    reference = load_vectors(arguments.reference) if arguments.reference else None
+    if reference is None:
+        check_splits(["train", "selection"], texts["stories"], "; the choice of layers needs it")
+    checkpoint = load(arguments)
+    config = models.text_config(checkpoint.model)
+    if reference is not None:
+        reference.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+        reference.positions(arguments.layers or [])
+    models.check_layers(arguments.layers or [], config.num_hidden_layers)
+    layers = list(range(config.num_hidden_layers))
+    if reference is not None:
+        layers = sorted(arguments.layers or reference.layers)
+    outputs = _outputs(arguments)
+    common = _settings(arguments, checkpoint, reference, digest(list(texts.values())))
+    settings = {name: common | {"split": split, "recipe": recipe} for name, (split, recipe) in outputs.items()}
+    wanted = {name: outputs[name] for name in outputs if not is_done(arguments.out / name, settings[name])}
+    if not wanted:
+        return print(f"{arguments.out} already holds these vectors; nothing to do")
+    items = _items(checkpoint.tokenizer, texts, wanted, arguments.check, reference is None)
+    groups = shards.read(checkpoint, items, layers, arguments.out / "states")
+    if PartialState().is_main_process:  # the other processes have only read
+        own = extraction.neutral_states(groups["neutral"])
+        reads = {}
+        for split in (split for split in ("train", "selection", "audit") if f"stories-{split}" in groups):
+            rows = [story for story in texts["stories"] if story.split == split]
+            contrast = groups.get(f"contrast-{split}")
+            reads[split] = extraction.Read(rows, groups[f"stories-{split}"], own["token"], contrast)
+        _write(arguments, checkpoint, texts, groups, reads, reference, wanted, settings)
+
+
+def _texts(arguments: argparse.Namespace) -> dict[str, list]:
+    """The rows that an extraction reads, checked before a model is loaded."""
+    from calibrate import corpora
+
+    stories = corpora.load_stories(arguments.stories)
+    known = list(dict.fromkeys(story.concept for story in stories))
+    for concept in (arguments.target, *(arguments.concepts or [])):
+        if concept not in known:
+            raise ValueError(
+                f"the stories have none about {concept!r}; they have {', '.join(sorted(known))}; set `--target` or "
+                "`--concepts`"
+            )
+    if arguments.concepts and arguments.target not in arguments.concepts:
+        raise ValueError(f"the target {arguments.target!r} is not among `--concepts` {', '.join(arguments.concepts)}")
+    stories = [story for story in stories if story.concept in (arguments.concepts or known)]
+    check_splits([*arguments.splits, *(["audit"] if arguments.check else [])], stories)
+    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
+    if len(dialogues) < 2:
+        raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "train"`; mu and sigma need at least 2')
+    hidden = []
+    if arguments.deflection:
+        path = None if arguments.deflection is True else Path(arguments.deflection)
+        hidden = [row for row in corpora.load_deflection(path) if row.split == "train"]
+    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "selection"]
+    return {"stories": stories, "neutral": dialogues, "deflection": hidden, "twins": twins}
+
+
+def _outputs(arguments: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Folder name -> (split, recipe)."""
+    outputs = {
+        split if recipe == "paper" else f"{split}-{recipe}": (split, recipe)
+        for split in arguments.splits
+        for recipe in arguments.recipes
+    }
+    return outputs | ({"deflection": ("train", "deflection")} if arguments.deflection else {})
+
+
+def _settings(arguments: argparse.Namespace, checkpoint, reference, corpora: str) -> dict[str, Any]:
+    """Everything that vectors depend on, split and recipe apart."""
+    from calibrate import extraction
+
+    return {
+        **identity(checkpoint),
+        "start_fraction": extraction.START_FRACTION,
+        "neutral_variance": extraction.NEUTRAL_VARIANCE,
+        "layers": sorted(arguments.layers) if arguments.layers else None,
+        "target": arguments.target,
+        "seed": arguments.seed,
+        "checked": arguments.check,
+        "corpora": corpora,
+        "reference": digest(reference.recipe) if reference else None,
+        "stories_by": "written for this project by a language model, one by one (see calibrate/corpora/README.md)"
+        if arguments.stories is None
+        else str(arguments.stories.name),
+    }
+
+
+def _items(tokenizer, texts: dict[str, list], wanted: dict, check: bool, choose: bool) -> dict[str, list]:
+    """Every text that is to be read, by the name of its group."""
+    from calibrate import extraction
+
+    stories = texts["stories"]
+    splits = {split for split, _ in wanted.values()} | ({"audit", "train"} if check else set())
+    splits |= {"train", "selection"} if choose else set()
+    items = {
+        f"stories-{split}": extraction.story_items(tokenizer, [story for story in stories if story.split == split])
+        for split in sorted(splits)
+    }
+    items["neutral"] = extraction.neutral_items(tokenizer, texts["neutral"])
+    if "deflection" in wanted:
+        items["deflection"] = extraction.deflection_items(tokenizer, texts["deflection"])
+    concepts = list(dict.fromkeys(story.concept for story in stories))
+    for split, recipe in wanted.values():
+        if recipe == "contrastive":
+            dialogues = texts["neutral"][: extraction.CONTRASTIVE_DIALOGUES]
+            items[f"contrast-{split}"] = extraction.contrastive_items(tokenizer, concepts, dialogues)
+    return items
+
+
+def _write(arguments, checkpoint, texts, groups, reads, reference, wanted, settings) -> None:
+    """Chooses the layers, then makes, checks and saves every wanted folder."""
+    import torch
+
+    from calibrate import checks, extraction
+    from calibrate.layers import choose_band
+
+    everywhere = groups["neutral"].layers
+    own = extraction.neutral_states(groups["neutral"])
+    if reference is None:
+        stored = sorted(arguments.layers or extraction.candidate_layers(len(everywhere)))
+        choice = _layer_choice(reads, stored)
+    else:
+        stored, choice = everywhere, reference.layer_choice
+    kept = [everywhere.index(layer) for layer in stored]
+    neutral = {pooling: rows[:, kept] for pooling, rows in own.items()}
+    if reference is not None:
+        neutral = {pooling: reference.neutral_at(pooling, stored) for pooling in own}
+    slim = {split: read.only(stored) for split, read in reads.items()}
+
+    def make(split: str, recipe: str, name: str):
+        read = slim[split]
+        concepts, found = read.concepts, None
+        if recipe == "deflection":
+            group = groups["deflection"].only(stored)
+            concepts, found = extraction.deflection_directions(group, texts["deflection"], read.tokens)
+        else:
+            found = extraction.by_recipe(recipe, read, arguments.seed)
+        vectors = extraction.make_vectors(checkpoint, concepts, found, neutral, stored, settings[name])
+        vectors.layer_choice = choice
+        return vectors
+
+    if reference is None:
+        source = make("train", "paper", next(iter(wanted)))
+        accuracy = torch.tensor([choice.accuracy[layer] for layer in stored])
+        choose_band(checkpoint, source, arguments.target, texts["twins"], accuracy)
+    else:
+        source = reference
+    for name, (split, recipe) in wanted.items():
+        vectors = make(split, recipe, name)
+        vectors.set_band(source.band, source.band_reason, source.band_search)
+        if arguments.check and split == "train" and recipe != "deflection":
+            vectors.checks = checks.run(checkpoint, vectors, slim["train"], slim["audit"], recipe)
+            print(_table(name, vectors.checks))
+        vectors.save(arguments.out / name)
+        print(f"{arguments.out / name}: {len(vectors.concepts)} concepts, layers {stored[0]} to {stored[-1]}")
+    print(f"Layers for readings: {choice.reason if choice else 'those of the reference'}")
+    print(f"Band for training: {source.band_reason}")
+
+
+def _layer_choice(reads: dict, stored: list[int]):
+    """Decoding of the selection topics by the training topics' directions, at every layer."""
+    from calibrate import extraction, layers
+
+    train, selection = reads["train"], reads["selection"]
+    directions = extraction.by_recipe("paper", train)
+    centre = extraction.concept_means(train.group, train.labels, train.concepts).mean(0)
+    truth = [train.concepts.index(label) for label in selection.labels]
+    ranks, _ = layers.held_out_ranks(directions, centre, selection.group, truth)
+    return layers.choose_layers((ranks == 0).double().mean(0), len(truth), 1 / len(train.concepts), stored)
+
+
+def _table(name: str, found: dict[str, Any]) -> str:
+    rows = [f"  {key:55} {value}" for key, value in found.items() if not isinstance(value, dict)]
+    return "\n".join([f"Checks of {name}:", *rows])
+
+
+def adopt(arguments: argparse.Namespace) -> None:
+    """Directions of another tool, from a safetensors file, with the unit of this model's neutral text."""
+    from calibrate import corpora, extraction, formats, models, shards
+
+    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
+    checkpoint = load(arguments)
+    config = models.text_config(checkpoint.model)
+    if arguments.sae_rows:
+        if arguments.layers is None or len(arguments.layers) != 1:
+            raise ValueError("`--sae-rows` needs `--layers` with the one layer of the SAE")
+        rows = dict(_row(pair) for pair in arguments.sae_rows)
+        layers = arguments.layers
+        models.check_layers(layers, config.num_hidden_layers)
+        names, found = formats.load_sae_rows(arguments.directions, arguments.sae_tensor, rows, config.hidden_size)
+    else:
+        depth, hidden = config.num_hidden_layers, config.hidden_size
+        names, layers, found = formats.load_directions(arguments.directions, depth, hidden)
+        if missing := [layer for layer in arguments.layers or [] if layer not in layers]:
+            raise ValueError(f"{arguments.directions} holds no directions at layers {missing}; it has {layers}")
+        if arguments.layers:
+            found = found[:, [layers.index(layer) for layer in sorted(arguments.layers)]]
+            layers = sorted(arguments.layers)
+    settings = identity(checkpoint) | {
+        "recipe": "adopted", "file": arguments.directions.name, "sha256": file_digest(arguments.directions),
+        "layers": layers, "sae_rows": arguments.sae_rows, "corpora": digest(dialogues),
+    }  # fmt: skip
+    if is_done(arguments.out, settings):
+        return print(f"{arguments.out} already holds these vectors; nothing to do")
+    items = {"neutral": extraction.neutral_items(checkpoint.tokenizer, dialogues)}
+    group = shards.read(checkpoint, items, layers, arguments.out.with_name(f"{arguments.out.name}-states"))["neutral"]
+    neutral = extraction.neutral_states(group)
+    extraction.make_vectors(checkpoint, names, found, neutral, layers, settings).save(arguments.out)
+    print(f"{arguments.out}: {len(names)} concepts, layers {layers[0]} to {layers[-1]}")
+
+
+def _row(pair: str) -> tuple[str, int]:
+    name, _, row = pair.rpartition("=")
+    if not name or not row.isdecimal():
+        raise ValueError(f"`--sae-rows` {pair!r} is not NAME=ROW, such as desperate=123")
+    return name, int(row)
+
+
+def file_digest(path: Path) -> str | None:
+    """The SHA-256 of a file, None where there is none."""
+    import hashlib
+
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(arguments: argparse.Namespace) -> None:
+    """Readings of a user's records."""
+    from calibrate import models, reading
+    from calibrate.vectors import load_vectors
+
+    vectors = load_vectors(arguments.vectors)
+    vectors.positions(arguments.layers or [])
+    for _ in reading.read_records(arguments.texts):  # a bad line is refused before a model is loaded
+        pass
+    arguments.model = arguments.model or vectors.model
+    checkpoint = load(arguments)
+    config = models.text_config(checkpoint.model)
+    vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+    count = reading.read_file(
+        checkpoint, vectors, arguments.texts, arguments.out, sorted(arguments.layers or []) or None, arguments.tokens
+    )
+    print(
+        f"{arguments.out}: {count} records"
+        if count
+        else f"{arguments.out} already holds these readings; nothing to do"
+    )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Vectors in another format."""
+    from calibrate import formats
+    from calibrate.vectors import load_vectors
+
+    vectors = load_vectors(arguments.vectors)
+    out: Path = arguments.out
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another `--out` or delete it")
+    if arguments.format != "folder" and (arguments.layers or arguments.half):
+        raise ValueError("`--layers` and `--half` go with `--format folder` only")
+    if arguments.format != "gguf" and arguments.concepts:
+        raise ValueError("`--concepts` goes with `--format gguf` only; the other formats hold all concepts")
+    if arguments.format == "folder":
+        formats.export_folder(vectors, sorted(arguments.layers or vectors.layers), out, arguments.half)
+    elif arguments.format == "persona":
+        formats.export_persona(vectors, out)
+    else:
+        for concept in arguments.concepts or vectors.concepts:
+            vectors.index(concept)
+        for concept in arguments.concepts or vectors.concepts:
+            formats.export_gguf(vectors, concept, out / f"{concept.replace(' ', '-')}.gguf", arguments.hint)
+    print(f"{out}: written")
