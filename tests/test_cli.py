@@ -9,7 +9,7 @@ import torch
 from conftest import write_jsonl
 from transformers import AutoModelForCausalLM
 
-from calibrate import cli, corpora, extraction
+from calibrate import cli, corpora, shards
 from calibrate.audit import record
 from calibrate.audit.record import load_record
 from calibrate.vectors import EmotionVectors, load_vectors
@@ -211,23 +211,27 @@ def interrupt(*arguments, **options):
 
 def test_an_interrupted_extraction_leaves_whole_folders_only(texts, tiny_folder, tmp_path, monkeypatch, capsys):
     """Interrupted while reading, then while the second of two folders is written; the same command then goes on."""
-    out, read, save = tmp_path / "out", extraction.read_neutral, EmotionVectors.save_pretrained
+    out, read, save = tmp_path / "out", shards._read_shard, EmotionVectors.save_pretrained
     command = ["extract", tiny_folder, *texts["extract"], "--splits", "train", "audit", "--out", out]
-    monkeypatch.setattr(extraction, "read_neutral", interrupt)
+    reads = iter([read, read, interrupt])
+    monkeypatch.setattr(shards, "_read_shard", lambda *given: next(reads)(*given))
     with pytest.raises(KeyboardInterrupt):
         calibrate(*command)
-    assert not out.exists()
-    monkeypatch.setattr(extraction, "read_neutral", read)
+    assert [path.name for path in out.iterdir()] == ["states"]
+    first = contents(out / "states")
+    assert len(first) == 2
+    monkeypatch.setattr(shards, "_read_shard", read)
     turns = iter([save, interrupt, save])
     monkeypatch.setattr(EmotionVectors, "save_pretrained", lambda *given, **options: next(turns)(*given, **options))
     with pytest.raises(KeyboardInterrupt):
         calibrate(*command)
-    assert [path.name for path in out.iterdir()] == ["train"]
-    kept = contents(out)
+    assert {path.name for path in out.iterdir()} == {"states", "train"}
+    assert contents(out / "states").items() > first.items()
+    kept = contents(out / "train")
     capsys.readouterr()
     calibrate(*command)
     assert capsys.readouterr().out.startswith(f"{out / 'audit'}: 3 concepts, layers 1 to 3\n")
-    assert {path.name for path in out.iterdir()} == {"train", "audit"}
+    assert {path.name for path in out.iterdir()} == {"states", "train", "audit"}
     assert contents(out / "train") == kept
 
 

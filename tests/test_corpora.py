@@ -118,7 +118,7 @@ def test_no_story_names_its_concept():
     ],
 )  # fmt: skip
 def test_leaks_are_whole_words_or_prefixes(text, word):
-    assert Concept("calm", "family", ("seren*", "fed up", "mad")).leak(text) == word
+    assert Concept("calm", "family", 7.0, 2.0, ("seren*", "fed up", "mad"), "").leak(text) == word
 
 
 def test_no_two_stories_share_eight_words():

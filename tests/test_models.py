@@ -142,8 +142,30 @@ def test_blocks_are_found_below_an_adapter_or_refused(tiny):
     assert list(blocks(tiny.model)) == found  # modules are equal where they are the same
     assert list(blocks(add_adapter(tiny.model))) == found
     tiny.model.model.layers = torch.nn.Sequential(*found)
-    with pytest.raises(ValueError, match=r"Qwen2Model has no list of 5 blocks directly below it; .*not supported"):
+    with pytest.raises(
+        ValueError, match=r"Qwen2Model has no list of 5 blocks right below it; name them with `--blocks"
+    ):
         blocks(tiny.model)
+
+
+def test_a_user_can_name_the_blocks_of_an_unknown_architecture(tiny_folder, monkeypatch):
+    """The list is hidden one level down, as in a body that groups its blocks in stages."""
+    open_model = models._open
+
+    def hidden(*arguments, **options):
+        model, tokenizer = open_model(*arguments, **options)
+        model.model.stage = torch.nn.Module()
+        model.model.stage.parts = model.model.layers
+        model.model.layers = None
+        return model, tokenizer
+
+    monkeypatch.setattr(models, "_open", hidden)
+    with pytest.raises(ValueError, match=r"name them with `--blocks NAME` \(its lists: stage.parts\)"):
+        load(str(tiny_folder))
+    model = load(str(tiny_folder), block_list="stage.parts").model
+    assert blocks(model) is model.model.stage.parts
+    with pytest.raises(ValueError, match="no list of 5 blocks named 'stage'; name them"):
+        load(str(tiny_folder), block_list="stage")
 
 
 def test_fine_tuning_any_one_tensor_changes_the_hash(tiny):

@@ -246,7 +246,6 @@ def test_evaluation_has_the_trainers_own_loss_and_moves_nothing(make):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_hash": "0" * 16}, r"has other base weights \(0{16}\); extract vectors from it with"),
         ({"lora": False}, "needs a LoRA adapter .* set `use_peft: true`"),
         ({"layers": [0]}, r"layers \[0\] are out of range; these vectors hold layers 1 to 3"),
         ({"concepts": ["serene"]}, "no concept 'serene'; they have .*calm"),

@@ -45,7 +45,12 @@ def test_the_folder_opens_without_this_project(planted, tmp_path):
     assert shapes == {"directions": (2, 2, 8)} | {f"neutral_{pooling}": (4000, 2, 8) for pooling in POOLINGS}
     card = ModelCard.load(tmp_path / "vectors" / "README.md")
     assert (card.data.library_name, card.data.tags) == ("calibrate", ["emotion-vectors"])
-    for fact in ("(weights 0)", "layers 1 to 2 of 5", "Band: 1 to 2. Set by the test.", '| split | "train" |'):
+    for fact in (
+        "(weights 0)",
+        "layers 1 to 2 of 5",
+        "Band for training: 1 to 2. Set by the test.",
+        '| split | "train" |',
+    ):
         assert fact in card.text
 
 
@@ -91,13 +96,19 @@ def test_the_unit_is_the_deviation_of_the_references_own_pooling(planted):
     [
         ((9, 5, "0"), r"planted \(width 8, 5 layers\); model 'M' has width 9 and 5 layers; .*`calibrate extract M`"),
         ((8, 6, "0"), r"planted \(width 8, 5 layers\); model 'M' has width 8 and 6 layers; .*`calibrate extract M`"),
-        ((8, 5, "1"), r"planted \(weights 0\); model 'M' has other base weights \(1\); .*`calibrate extract M`"),
     ],
 )
 def test_vectors_of_another_model_are_refused(planted, given, message):
     planted.check(8, 5, "0", "M")
     with pytest.raises(ValueError, match=message):
         planted.check(*given, "M")
+
+
+def test_another_revision_of_the_model_warns(planted, caplog):
+    planted.check(8, 5, "0", "M")
+    assert caplog.text == ""
+    planted.check(8, 5, "1", "M")
+    assert "come from planted (weights 0, revision None); model 'M' has other base weights (1)" in caplog.text
 
 
 def test_unknown_concepts_and_layers_are_refused(planted):

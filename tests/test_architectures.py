@@ -1,0 +1,62 @@
+"""Every supported architecture, tiny and random, against `output_hidden_states`, on both padding sides."""
+
+import pytest
+import torch
+import transformers
+
+from calibrate import activations, models
+
+DEPTH, WIDTH = 4, 32
+COMMON = {
+    "vocab_size": 120, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+OWN_HEADS = {"head_dim": 8}
+GPT2 = {"vocab_size": 120, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ARCHITECTURES = {
+    "Llama": COMMON, "Qwen2": COMMON, "Qwen3": COMMON | OWN_HEADS,
+    "Gemma2": COMMON | OWN_HEADS | {"sliding_window": 8}, "Gemma3Text": COMMON | OWN_HEADS | {"sliding_window": 8}, "Mistral": COMMON, "Phi": COMMON, "Phi3": COMMON,
+    "GPT2": GPT2, "GPTNeoX": {key: value for key, value in COMMON.items() if key != "num_key_value_heads"},
+    "Olmo": COMMON, "Olmo2": COMMON, "Qwen3Moe": COMMON | OWN_HEADS | EXPERTS,
+}  # fmt: skip
+LENGTHS = (9, 14, 3, 6)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    torch.manual_seed(0)
+    name = request.param
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
+    head = "GPT2LMHeadModel" if name == "GPT2" else name.removesuffix("Text") + "ForCausalLM"
+    return getattr(transformers, head)(config).eval()
+
+
+def texts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 120, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_states_are_hidden_states_without_padding(model, side):
+    """Batched and padded against one by one; the last entry of `hidden_states` has passed the final norm."""
+    assert len(models.blocks(model)) == DEPTH
+    read = dict(activations.states(model, texts(), list(range(DEPTH)), token_budget=60, side=side))
+    for row, ids in enumerate(texts()):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        for layer in range(DEPTH - 1):
+            torch.testing.assert_close(read[row][layer], hidden[layer + 1][0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_body_stops_after_the_last_layer(model):
+    ran = []
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer, block in enumerate(models.blocks(model))
+    ]
+    list(activations.states(model, texts()[:1], [1]))
+    assert ran == [0, 1]
+    for handle in handles:
+        handle.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
