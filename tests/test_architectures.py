@@ -14,10 +14,11 @@ COMMON = {
 OWN_HEADS = {"head_dim": 8}
 GPT2 = {"vocab_size": 120, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SLIDING = COMMON | OWN_HEADS | {"sliding_window": 8}
 ARCHITECTURES = {
-    "Llama": COMMON, "Qwen2": COMMON, "Qwen3": COMMON | OWN_HEADS,
-    "Gemma2": COMMON | OWN_HEADS | {"sliding_window": 8}, "Gemma3Text": COMMON | OWN_HEADS | {"sliding_window": 8}, "Mistral": COMMON, "Phi": COMMON, "Phi3": COMMON,
-    "GPT2": GPT2, "GPTNeoX": {key: value for key, value in COMMON.items() if key != "num_key_value_heads"},
+    "Llama": COMMON, "Qwen2": COMMON, "Qwen3": COMMON | OWN_HEADS, "Gemma2": SLIDING, "Gemma3Text": SLIDING,
+    "Mistral": COMMON, "Phi": COMMON, "Phi3": COMMON, "GPT2": GPT2,
+    "GPTNeoX": {key: value for key, value in COMMON.items() if key != "num_key_value_heads"},
     "Olmo": COMMON, "Olmo2": COMMON, "Qwen3Moe": COMMON | OWN_HEADS | EXPERTS,
 }  # fmt: skip
 LENGTHS = (9, 14, 3, 6)
