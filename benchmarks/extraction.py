@@ -2,15 +2,23 @@
 
 Prints tokens per second of both and their ratio, pair by pair in turn (A B A B ...), so that a machine whose speed
 drifts does not decide. `python benchmarks/extraction.py [--pairs 9] [--stories 48]`
+
+`--memory` prints instead the peak resident memory of a process that reads 200 texts and of one that reads 2,000 (their
+first 48 tokens), which must not differ.
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from calibrate import activations, corpora, extraction, models, transcripts
+from calibrate import activations, corpora, extraction, models, shards, transcripts
 
 
 def main() -> None:
@@ -18,7 +26,13 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--pairs", type=int, default=9, help="timed pairs (default: %(default)s)")
     parser.add_argument("--stories", type=int, default=48, help="stories a pass (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    parser.add_argument("--texts", type=int, help=argparse.SUPPRESS)  # the child process of --memory
     arguments = parser.parse_args()
+    if arguments.texts:
+        return _peak(arguments.model, arguments.texts)
+    if arguments.memory:
+        return _memory(arguments.model)
 
     checkpoint = models.load(arguments.model)
     model = checkpoint.model
@@ -37,7 +51,9 @@ def main() -> None:
                 models.decoder(model)(**batch.inputs, use_cache=False)
 
     def extracting() -> None:
-        extraction.read_stories(checkpoint, stories, layers)
+        items = {"stories": extraction.story_items(checkpoint.tokenizer, stories)}
+        with tempfile.TemporaryDirectory() as folder:
+            shards.read(checkpoint, items, layers, Path(folder))
 
     def seconds(call) -> float:
         start = time.process_time()
@@ -57,6 +73,31 @@ def main() -> None:
             f"(median)"
         )
     print(f"ratio          {statistics.median(ratios):8.3f} (median; {ratios[0]:.3f} to {ratios[-1]:.3f})")
+
+
+def _memory(model: str) -> None:
+    """Peak memory of reading 200 and 2,000 texts, each in a process of its own."""
+    peaks = {}
+    for texts in (200, 2000):
+        child = [sys.executable, __file__, "--model", model, "--texts", str(texts)]
+        run = subprocess.run(child, capture_output=True, text=True, check=True)
+        peaks[texts] = float(run.stdout.split()[-1])
+        print(f"{texts:5} texts: peak {peaks[texts]:.0f} MiB")
+    print(f"ratio {peaks[2000] / peaks[200]:.3f}")
+
+
+def _peak(name: str, texts: int) -> None:
+    checkpoint = models.load(name)
+    layers = extraction.candidate_layers(models.text_config(checkpoint.model).num_hidden_layers)
+    stories = corpora.load_stories()
+    ids = [
+        transcripts.encode_text(checkpoint.tokenizer, stories[i % len(stories)].text).ids[:48] for i in range(texts)
+    ]
+    items = {"stories": [shards.Item(row, [[slice(12, 48)]]) for row in ids]}
+    with tempfile.TemporaryDirectory() as folder:
+        group = shards.read(checkpoint, items, layers, Path(folder))["stories"]
+        group.sums([i % 171 for i in range(texts)], 171)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":

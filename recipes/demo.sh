@@ -5,24 +5,21 @@ set -eu
 cd "$(dirname "$0")/.."
 RUN=runs/demo
 CONFIG=recipes/smollm2-135m/dpo.yaml
-AUDIT="--vectors $RUN/vectors/train --max-tasks 12 --max-pairs-per-task 1"
+AUDIT="--max-tasks 12 --max-pairs-per-task 1"
 
 step() { printf '\n== %s\n' "$*"; }
 
-step "1. Extract emotion vectors from stories: training topics, and audit topics for the re-extraction"
-calibrate extract default --out $RUN/vectors --splits train audit
-
-step "2. Profile the model before"
-calibrate audit default $AUDIT --own-vectors $RUN/vectors/audit --out $RUN/before
+step "1. Profile the model before, with the vectors that ship for it"
+calibrate audit default $AUDIT --out $RUN/before
 
 for arm in hinge-frozen random; do
-    step "3. Calibrate: LoRA DPO with the hinge, arm $arm"
+    step "2. Calibrate: LoRA DPO with the hinge, arm $arm"
     accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/dpo.py --config $CONFIG \
         --arm $arm --output_dir $RUN/$arm
-    step "4. Re-extract from the tuned model and profile it again, arm $arm"
-    calibrate extract $RUN/$arm --out $RUN/vectors-$arm --splits audit --reference $RUN/vectors/train
+    step "3. Re-extract from the tuned model and profile it again, arm $arm"
+    calibrate extract $RUN/$arm --out $RUN/vectors-$arm --splits audit --reference default
     calibrate audit $RUN/$arm $AUDIT --own-vectors $RUN/vectors-$arm/audit --out $RUN/after-$arm
 done
 
-step "5. Compare before with after, beside the control arm"
+step "4. Compare before with after, beside the control arm"
 calibrate compare $RUN/before $RUN/after-hinge-frozen --control $RUN/after-random --out $RUN/report

@@ -105,7 +105,7 @@ def test_axes_by_hand():
     )
     assert found.explained[0] > 0.8
     assert geometry.correlation(found.scores[:, 0], values[:, 0]) == pytest.approx(1)  # signed to rise with valence
-    with pytest.raises(ValueError, match="2 of the concepts have ratings in concepts.yaml; the axes need at least 3"):
+    with pytest.raises(ValueError, match=r"2 of the concepts have ratings in concepts.yaml; the axes need at least 3"):
         geometry.axes(flat[:4], ["calm", "sad", "made up", "other"])
 
 

