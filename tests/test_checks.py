@@ -80,7 +80,9 @@ def test_logit_lens_gives_the_tokens_that_a_direction_raises(tiny, tiny_vectors)
     vectors = load_vectors(str(tiny_vectors))
     weight = tiny.model.get_output_embeddings().weight.detach()
     for token in (50, 90):
-        vectors.directions[0, vectors.positions(vectors.used_band())[0]] = weight[token] / weight[token].norm() ** 2
+        vectors.directions[vectors.index("desperate"), vectors.positions(vectors.used_band())[0]] = (
+            weight[token] / weight[token].norm() ** 2
+        )
         found = checks.logit_lens(tiny, vectors)
         assert len(found["desperate"]) == 5
         assert tiny.tokenizer.decode([token]) in found["desperate"]
