@@ -42,7 +42,7 @@ def extract(arguments: argparse.Namespace) -> None:
         reads = {}
         for split in (split for split in ("train", "selection", "audit") if f"stories-{split}" in groups):
             rows = [story for story in texts["stories"] if story.split == split]
-            contrast = groups.get(f"contrast-{split}")
+            contrast = groups.get("contrast")
             reads[split] = extraction.Read(rows, groups[f"stories-{split}"], own["token"], contrast)
         _write(arguments, checkpoint, texts, groups, reads, reference, wanted, settings)
 
@@ -119,10 +119,9 @@ def _items(tokenizer, texts: dict[str, list], wanted: dict, check: bool, choose:
     if "deflection" in wanted:
         items["deflection"] = extraction.deflection_items(tokenizer, texts["deflection"])
     concepts = list(dict.fromkeys(story.concept for story in stories))
-    for split, recipe in wanted.values():
-        if recipe == "contrastive":
-            dialogues = texts["neutral"][: extraction.CONTRASTIVE_DIALOGUES]
-            items[f"contrast-{split}"] = extraction.contrastive_items(tokenizer, concepts, dialogues)
+    if any(recipe == "contrastive" for _, recipe in wanted.values()):
+        dialogues = texts["neutral"][: extraction.CONTRASTIVE_DIALOGUES]
+        items["contrast"] = extraction.contrastive_items(tokenizer, concepts, dialogues)
     return items
 
 
