@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint benchmark
+.PHONY: demo test test-slow lint vectors benchmark
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
 
@@ -18,8 +18,15 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check
 
+# What ships in calibrate/default_vectors, and the concept map of the README.
+vectors: .venv/installed
+	$(BIN)/calibrate extract default --out runs/default --splits train audit --recipes paper plain logistic random shuffled \
+		--deflection --check
+	$(BIN)/python -m calibrate.default_vectors runs/default
+
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/extraction.py --memory
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -21,16 +21,17 @@ from calibrate.vectors import EmotionVectors
 
 
 def run(checkpoint: Checkpoint, vectors: EmotionVectors, train: Read, held_out: Read, recipe: str) -> dict[str, Any]:
-    """All checks of one set of vectors, ready for `config.json`; readings are means over `vectors.used_band()`."""
-    at = vectors.positions(vectors.used_band())
-    among = [train.group.layers.index(layer) for layer in vectors.used_band()]
-    ladders = ladder_shares(checkpoint, vectors, corpora.load_ladders())
-    found = geometry.axes(vectors.directions[:, at].mean(1), vectors.concepts)
-    halves = reliability(train, recipe)[:, among].mean(1)
+    """All checks of one set of vectors, ready for `config.json`; at `vectors.reading_layers()`."""
+    at = vectors.positions(vectors.reading_layers())
+    among = [train.group.layers.index(layer) for layer in vectors.reading_layers()]
+    held_out_ladders = [ladder for ladder in corpora.load_ladders() if ladder.split == "audit"]
+    ladders = ladder_shares(checkpoint, vectors, held_out_ladders)
+    halves = reliability(train, recipe)
+    halves = None if halves is None else halves[:, among].mean(1)
     return {
         "held-out split": held_out.stories[0].split,
         "held-out stories": len(held_out.stories),
-        "layers": vectors.used_band(),
+        "layers": vectors.reading_layers(),
         **{
             f"{name} (share, 95 % interval)": _rounded(interval)
             for name, interval in decoding(vectors, train, held_out).items()
@@ -41,14 +42,28 @@ def run(checkpoint: Checkpoint, vectors: EmotionVectors, train: Read, held_out: 
         },
         **{f"{name}, chance": round(value, 4) for name, value in chance(vectors.concepts).items()},
         "ladders, share of expected directions": _rounded(ladders.pop("share")),
-        "split-half reliability, mean cosine of halves": round(float(halves.mean()), 3),
-        "valence, r of the first component": round(found.valence, 3),
-        "arousal, r of the second component": round(found.arousal, 3),
-        "variance of the first five components": [round(value, 3) for value in found.explained],
-        "cosine within minus between families": round(found.families, 3),
-        "split-half reliability": {c: round(float(r), 3) for c, r in zip(train.concepts, halves, strict=True)},
+        "split-half reliability, mean cosine of halves": None if halves is None else round(float(halves.mean()), 3),
+        **_geometry(vectors.directions[:, at].mean(1), vectors.concepts),
+        "split-half reliability": {}
+        if halves is None
+        else {concept: round(float(r), 3) for concept, r in zip(train.concepts, halves, strict=True)},
         "ladders": ladders,
         "logit lens": logit_lens(checkpoint, vectors),
+    }
+
+
+def _geometry(directions: Tensor, concepts: list[str]) -> dict[str, Any]:
+    """Figures against the ratings of concepts.yaml; none where fewer than three of the concepts stand there."""
+    if sum(concept in load_concepts() for concept in concepts) < 3:
+        return {}
+    found = geometry.axes(directions, concepts)
+    return {
+        "valence, r of the first component": round(found.valence, 3),
+        "arousal, r of the second component": round(found.arousal, 3),
+        "valence, r of a left-out reading": round(found.read_valence, 3),
+        "arousal, r of a left-out reading": round(found.read_arousal, 3),
+        "variance of the first five components": [round(value, 3) for value in found.explained],
+        "cosine within minus between families": round(found.families, 3),
     }
 
 
@@ -82,14 +97,11 @@ def chance(concepts: list[str]) -> dict[str, float]:
 
 def decoding(vectors: EmotionVectors, train: Read, held_out: Read) -> dict[str, Interval]:
     """Shares of held-out stories whose concept, or its family, the vectors name."""
-    among = vectors.positions(vectors.used_band())
-    stored = [train.group.layers.index(layer) for layer in vectors.layers]
+    assert train.group.layers == vectors.layers
     centre = extraction.concept_means(train.group, train.labels, vectors.concepts).mean(0)
-    directions = torch.zeros(len(vectors.concepts), len(train.group.layers), vectors.hidden_size)
-    directions[:, stored] = vectors.directions
     truth = [vectors.index(label) for label in held_out.labels]
-    over = [stored[position] for position in among]
-    ranks, first = layers.held_out_ranks(directions, centre, held_out.group, truth, over)
+    over = vectors.positions(vectors.reading_layers())
+    ranks, first = layers.held_out_ranks(vectors.directions, centre, held_out.group, truth, over)
     names = [vectors.concepts[row] for row in first[:, 0].tolist()]
     return _shares(ranks[:, 0].numpy(), names, held_out.labels)
 
@@ -126,17 +138,19 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
-def reliability(train: Read, recipe: str) -> Tensor:
-    """Cosine of the directions from the even with those from the odd topics, [concepts, layers]."""
+def reliability(train: Read, recipe: str) -> Tensor | None:
+    """Cosine of the directions from the even with those from the odd topics, [concepts, layers].
+
+    None for the recipes that are not differences of means of stories, which halves would not repeat.
+    """
     topics = sorted({story.topic for story in train.stories})
-    if len(topics) < 2 or recipe == "contrastive":
-        return torch.full((len(train.concepts), len(train.group.layers)), float("nan"))
+    if len(topics) < 2 or recipe not in ("paper", "plain"):
+        return None
     halves = []
     for parity in (0, 1):
         labels = [s.concept if topics.index(s.topic) % 2 == parity else "" for s in train.stories]
-        halves.append(
-            extraction.directions(extraction.concept_means(train.group, labels, train.concepts), train.tokens)
-        )
+        means = extraction.concept_means(train.group, labels, train.concepts)
+        halves.append(extraction.directions(means, train.tokens if recipe == "paper" else None))
     return torch.cosine_similarity(*halves, dim=-1)
 
 
@@ -146,7 +160,7 @@ def ladder_shares(checkpoint: Checkpoint, vectors: EmotionVectors, ladders: list
     `share` is that of the expected directions with its interval over ladders; None where fewer than two ladders expect
     anything of these concepts.
     """
-    at = vectors.positions(vectors.used_band())
+    at = vectors.positions(vectors.reading_layers())
     messages = [
         [{"role": "user", "content": ladder.template.format(value=value)}]
         for ladder in ladders
@@ -176,7 +190,7 @@ def ladder_shares(checkpoint: Checkpoint, vectors: EmotionVectors, ladders: list
 def logit_lens(checkpoint: Checkpoint, vectors: EmotionVectors, top: int = 5) -> dict[str, list[str]]:
     """The tokens whose logits each direction raises most, straight through the unembedding (no norm in between)."""
     head = checkpoint.model.get_output_embeddings()
-    layer = vectors.positions([max(vectors.used_band())])[0]
+    layer = vectors.positions([max(vectors.reading_layers())])[0]
     weight = head.weight.detach()
     directions = vectors.directions[:, layer].to(weight)
     logits = directions @ weight.T

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calibrate import models, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.corpora import Deflection, Dialogue, Story
 from calibrate.models import Checkpoint
 from calibrate.shards import Group, Item
@@ -65,7 +65,7 @@ def neutral_items(tokenizer, dialogues: list[Dialogue]) -> list[Item]:
         spans = [(span.role, slice(span.start, span.stop)) for span in encoded.spans]
         content = [part for role, part in spans if role not in ("header", "template")]
         replies = [part for role, part in spans if role in ("assistant", "reply")]
-        positions = [token for part in content for token in range(max(part.start, 1), part.stop)]
+        positions = [token for part in content for token in range(max(part.start, activations.SINK_TOKENS), part.stop)]
         header = [part for role, part in spans if role == "header"][-1:]
         kept = [positions[index] for index in spread(len(positions), TOKENS_PER_DIALOGUE)]
         items.append(Item(encoded.ids, [header, replies, content], kept))
@@ -205,7 +205,7 @@ def logistic_directions(group: Group, labels: list[str], concepts: list[str], de
     truth = torch.tensor([concepts.index(label) for label in labels])
     found = []
     for position in range(len(group.layers)):
-        states = torch.stack([means[0, position] for _, means, _ in group.stream()]).double()
+        states = torch.stack([means[0, position].clone() for _, means, _ in group.stream()]).double()
         scale = states.std(0).clamp(min=1e-6)
         inputs = (states - states.mean(0)) / scale
         weights = torch.zeros(len(concepts), inputs.shape[1], dtype=torch.float64, requires_grad=True)
@@ -240,17 +240,14 @@ class Read(NamedTuple):
     stories: list[Story]
     group: Group
     tokens: Tensor
+    concepts: list[str]  # the rows of every direction, the same for all splits
     contrast: Group | None = None  # the fixed replies under the prompts, for the contrastive recipe
 
     def only(self, layers: list[int]) -> "Read":
         """The same at some of the layers."""
         kept = [self.group.layers.index(layer) for layer in layers]
         contrast = self.contrast and self.contrast.only(layers)
-        return Read(self.stories, self.group.only(layers), self.tokens[:, kept], contrast)
-
-    @property
-    def concepts(self) -> list[str]:
-        return list(dict.fromkeys(story.concept for story in self.stories))
+        return self._replace(group=self.group.only(layers), tokens=self.tokens[:, kept], contrast=contrast)
 
     @property
     def labels(self) -> list[str]:

@@ -68,7 +68,7 @@ def export_persona(vectors: EmotionVectors, path: Path) -> None:
 
 
 def export_folder(vectors: EmotionVectors, layers: list[int], folder: Path, half: bool) -> None:
-    """The project's own format with `layers` only, in float16 with `half` (unit directions keep a cosine of 1 - 1e-7).
+    """The project's own format with `layers` only, in float16 with `half` (directions keep a cosine of 1 - 1e-7).
 
     Raises:
         ValueError: a layer is not stored.
@@ -82,6 +82,8 @@ def export_folder(vectors: EmotionVectors, layers: list[int], folder: Path, half
     slim = EmotionVectors(**config)
     for name, buffer in slim.named_buffers():
         buffer.copy_(vectors.get_buffer(name)[:, at])
+        if half and buffer.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(f"{name} holds values beyond float16 (massive activations); export without `--half`")
     slim.save(folder, torch.float16 if half else torch.float32)
 
 
@@ -100,6 +102,8 @@ def load_directions(path: Path, depth: int, hidden: int) -> tuple[list[str], lis
                 f"{path}: tensor {name!r} has the shape {list(tensor.shape)}; the model needs [layers + 1, hidden] = "
                 f"[{depth + 1}, {hidden}]"
             )
+    if not tensors:
+        raise ValueError(f"{path}: the file holds no tensors; give one [layers + 1, hidden] tensor for each concept")
     rows = torch.stack([tensor[1:].double() for tensor in tensors.values()])
     layers = [layer for layer in range(depth) if (rows[:, layer].norm(dim=-1) > 0).all()]
     if not layers:
@@ -127,6 +131,8 @@ def load_sae_rows(path: Path, tensor: str, rows: dict[str, int], hidden: int) ->
             raise ValueError(
                 f"{path}: row {row} of {name!r} is out of range; {tensor!r} has rows 0 to {len(decoder) - 1}"
             )
+        if decoder[row].norm() == 0:
+            raise ValueError(f"{path}: row {row} of {tensor!r} is zero and has no direction; leave out {name!r}")
     found = torch.stack([decoder[row].double() for row in rows.values()])[:, None]
     return list(rows), (found / found.norm(dim=-1, keepdim=True)).float()
 

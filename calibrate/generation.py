@@ -99,7 +99,8 @@ def write(
             f"the requests that they need (refused: {dict(corpus.tally)}); {out / 'README.md'} lists them. Use a "
             "stronger writer, or a smaller `--per-cell` with another `--out`"
         )
-    return corpus.tally + Counter(kept=corpus.rows)
+    corpus.tally["kept"] = corpus.rows
+    return corpus.tally
 
 
 class _Corpus:
@@ -247,7 +248,8 @@ def _request(settings: Settings, concept: str, topic: str, topics: list[str], at
 
 def _split(text: str) -> Iterator[str]:
     """The stories of an answer, each as one paragraph."""
-    for part in re.split(rf"^\s*{SEPARATOR}.*$", text, flags=re.MULTILINE):
+    parts = re.split(rf"^\s*{SEPARATOR}.*$", text, flags=re.MULTILINE)
+    for part in parts[1:] or parts:  # what stands before the first separator is talk
         if story := " ".join(part.split()):
             yield story
 

@@ -16,7 +16,9 @@ class Axes(NamedTuple):
     explained: list[float]  # share of variance of the first five components
     valence: float  # correlation of the first component with valence
     arousal: float  # correlation of the second component with arousal
-    arousal_best: float  # the largest of the second to fifth, in magnitude
+    read: Tensor  # [rated concepts, 2], valence and arousal as a ridge regression reads them, each concept left out
+    read_valence: float  # correlation of these with the ratings
+    read_arousal: float
     families: float  # mean cosine within families minus mean cosine between them
 
 
@@ -37,17 +39,32 @@ def axes(directions: Tensor, concepts: list[str]) -> Axes:
         torch.tensor([getattr(rated[concepts[row]], name) for row in rows]).double() for name in ("valence", "arousal")
     )
     first = correlation(scores[rows, 0], valence)
-    others = [correlation(scores[rows, i], arousal) for i in range(1, scores.shape[1])]
-    signs = torch.tensor([-1.0 if value < 0 else 1.0 for value in (first, others[0])])
+    second = correlation(scores[rows, 1], arousal)
+    signs = torch.tensor([-1.0 if value < 0 else 1.0 for value in (first, second)])
     shares = (values.square() / values.square().sum())[:5].tolist()
+    read = torch.stack([left_out(centred[rows], ratings) for ratings in (valence, arousal)], dim=1)
     return Axes(
         scores[:, :2] * signs,
         shares,
         abs(first),
-        abs(others[0]),
-        max(map(abs, others)),
+        abs(second),
+        read,
+        correlation(read[:, 0], valence),
+        correlation(read[:, 1], arousal),
         _families(directions, concepts),
     )
+
+
+def left_out(directions: Tensor, ratings: Tensor, penalty: float = 0.3) -> Tensor:
+    """Ratings as ridge regression on the other concepts' directions reads them, one concept left out at a time.
+
+    Near synonyms of the one that is left out stay in. `penalty` is a share of the directions' mean squared norm.
+    """
+    rows = directions - directions.mean(0)
+    kernel = rows @ rows.T
+    hat = kernel @ torch.linalg.inv(kernel + penalty * kernel.diag().mean() * torch.eye(len(rows), dtype=rows.dtype))
+    centred = ratings - ratings.mean()
+    return ratings - (centred - hat @ centred) / (1 - hat.diag() - 1 / len(rows))
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
@@ -67,19 +84,20 @@ def _families(directions: Tensor, concepts: list[str]) -> float:
 
 
 def plot_map(found: Axes, concepts: list[str], path: Path, title: str) -> None:
-    """The concept map: first component against second, coloured by rated valence, as a picture at `path`."""
+    """The concept map, valence by arousal as read from the directions, coloured by rated valence, at `path`."""
     from matplotlib.figure import Figure
 
     rated = load_concepts()
+    shown = [concept for concept in concepts if concept in rated]
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     plane = figure.add_subplot()
-    x, y = found.scores[:, 0].tolist(), found.scores[:, 1].tolist()
-    colour = [rated[concept].valence if concept in rated else 5.0 for concept in concepts]
+    x, y = found.read[:, 0].tolist(), found.read[:, 1].tolist()
+    colour = [rated[concept].valence for concept in shown]
     points = plane.scatter(x, y, c=colour, cmap="coolwarm_r", vmin=1, vmax=9, s=16, zorder=3)
-    for concept, right, up in zip(concepts, x, y, strict=True):
+    for concept, right, up in zip(shown, x, y, strict=True):
         plane.annotate(concept, (right, up), xytext=(3, 2), textcoords="offset points", fontsize=6.5, color="#333333")
-    plane.set_xlabel(f"first component, {found.explained[0]:.0%} of variance (r = {found.valence:.2f} with valence)")
-    plane.set_ylabel(f"second component, {found.explained[1]:.0%} of variance (r = {found.arousal:.2f} with arousal)")
+    plane.set_xlabel(f"valence, read with the concept itself left out (r = {found.read_valence:.2f} with its rating)")
+    plane.set_ylabel(f"arousal, read with the concept itself left out (r = {found.read_arousal:.2f} with its rating)")
     plane.set_title(title, loc="left")
     plane.spines[["top", "right"]].set_visible(False)
     figure.colorbar(points, label="rated valence (1 unpleasant to 9 pleasant)", shrink=0.7)

@@ -85,8 +85,8 @@ def read_file(
     Works in `OUT.part`, which a later call goes on with, and renames it when it is whole.
 
     Args:
-        layers: a reading is the mean over these; the vectors' `used_band` by default. Where a text has no tokens of a
-            role (a transcript without a reply, a text of one token) its readings are null.
+        layers: a reading is the mean over these; the vectors' `reading_layers` by default. Where a text has no tokens
+            of a role (a transcript without a reply, a text of one token) its readings are null.
         tokens: add per-token readings.
 
     Returns:
@@ -95,7 +95,7 @@ def read_file(
     Raises:
         ValueError: a bad line; a layer that is not stored; or `out` or `OUT.part` holds something else.
     """
-    chosen = layers or vectors.used_band()
+    chosen = layers or vectors.reading_layers()
     at = vectors.positions(chosen)
     count = sum(1 for _ in read_records(source))  # refuses a bad line before any work
     if not count:
@@ -136,6 +136,7 @@ def _meta(checkpoint: Checkpoint, vectors: EmotionVectors, source: Path, layers:
         "revision": checkpoint.revision,
         "weight_hash": checkpoint.weight_hash,
         "adapter": checkpoint.adapter_hash,
+        "chat_template": checkpoint.tokenizer.chat_template,
         "vectors": {"model": vectors.model, "weight_hash": vectors.weight_hash, "recipe": vectors.recipe},
         "layers": layers,
         "band": vectors.band,
@@ -228,9 +229,10 @@ def _named(
     vectors: EmotionVectors, hidden: Tensor, part: slice | None, scale: tuple[Tensor, Tensor]
 ) -> dict[str, float] | None:
     """Concept -> reading of the mean over a part of the tokens; None where there are no such tokens."""
-    if part is None or part.stop <= part.start:
+    start = max(part.start, activations.SINK_TOKENS) if part else 0
+    if part is None or part.stop <= start:
         return None
-    readings = _scaled(hidden[:, part].mean(1, dtype=torch.float64), scale).tolist()
+    readings = _scaled(hidden[:, start : part.stop].mean(1, dtype=torch.float64), scale).tolist()
     return {concept: round(value, 4) for concept, value in zip(vectors.concepts, readings, strict=True)}
 
 

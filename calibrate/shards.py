@@ -1,7 +1,7 @@
 """Texts -> mean states on disk, shard by shard: resumable, shared among processes, in the memory of one shard.
 
 A shard is `SHARD_TEXTS` texts of one group in their order, read in length-sorted batches of its own, so that its
-numbers do not depend on who reads it or when. A shard that is there is never read again.
+numbers do not depend on which process reads it or when. A shard that is there is never read again.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import activations
+from calibrate import activations, models
 from calibrate.models import Checkpoint
 
 SHARD_TEXTS = 128  # the unit of resuming and of sharing; 128 stories of 150 tokens are half a minute on two cores
@@ -152,8 +152,12 @@ def _path(folder: Path, shard: int) -> Path:
 
 
 def _digest(checkpoint: Checkpoint, items: list[Item], layers: list[int]) -> str:
-    """What the states depend on: weights, layers, token ids and pools."""
-    digest = hashlib.sha256(json.dumps([checkpoint.weight_hash, checkpoint.adapter_hash, layers]).encode())
+    """What the states depend on: weights, their kind and place, the list of blocks, layers, token ids and pools."""
+    model = checkpoint.model
+    weight = next(model.parameters())
+    blocks = getattr(models.decoder(model), "calibrate_blocks", None)
+    identity = [checkpoint.weight_hash, checkpoint.adapter_hash, str(weight.dtype), weight.device.type, blocks, layers]
+    digest = hashlib.sha256(json.dumps(identity).encode())
     for item in items:
         digest.update(repr(item).encode())
     return digest.hexdigest()[:12]

@@ -86,9 +86,11 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         return self.neutral(pooling)[:, self.positions(layers)]
 
     def used_band(self) -> list[int]:
-        """The band; where the search found none, the layer choice as far as it is stored; else two thirds of depth."""
-        if self.band:
-            return self.band
+        """What training presses and audits judge: the band, or where the search found none the reading layers."""
+        return self.band or self.reading_layers()
+
+    def reading_layers(self) -> list[int]:
+        """Where texts are read: the layer choice as far as it is stored; else the study's two thirds of depth."""
         chosen = [layer for layer in self.layer_choice.layers if layer in self.layers] if self.layer_choice else []
         return chosen or two_thirds(self.layers, self.depth)
 
@@ -182,7 +184,7 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
 
     def card(self) -> str:
         """The model card: what the vectors are, how they were made and what the checks found."""
-        found = f"{self.band[0]} to {self.band[-1]}" if self.band else "none found (premise not met)"
+        found = f"{self.band[0]} to {self.band[-1]}" if self.band else "none"
         recipe = [(key, json.dumps(value)) for key, value in self.recipe.items()]
         checks = [
             (key, json.dumps(value)) for key, value in (self.checks or {}).items() if not isinstance(value, dict)
@@ -196,7 +198,7 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
             "---\nlibrary_name: calibrate\ntags: [emotion-vectors]\n---\n\n# Emotion vectors\n\n"
             f"Directions of {len(self.concepts)} emotion concepts in the residual stream of {self.model} (weights "
             f"{self.weight_hash}), layers {self.layers[0]} to {self.layers[-1]} of {self.depth} (layer i is the "
-            f"output of block i, counted from 0). Read at layers {', '.join(map(str, self.used_band()))}. "
+            f"output of block i, counted from 0). Read at layers {', '.join(map(str, self.reading_layers()))}. "
             f"{self.layer_choice.reason if self.layer_choice else ''}\n\nBand for training: {found}. "
             f"{self.band_reason}\n\n"
             "They say how far a text moves the model along a direction that emotion stories define. They are no "

@@ -87,7 +87,9 @@ def tiny_vectors(tiny_folder, tokenizer, tmp_path_factory) -> Path:
     }
     groups = shards.read(checkpoint, items, layers, tmp_path_factory.mktemp("states"))
     neutral = extraction.neutral_states(groups["neutral"])
-    read = extraction.Read(stories, groups["stories"], neutral["token"])
+    read = extraction.Read(
+        stories, groups["stories"], neutral["token"], list(dict.fromkeys(s.concept for s in stories))
+    )
     found = extraction.by_recipe("paper", read)
     vectors = extraction.make_vectors(checkpoint, read.concepts, found, neutral, layers, {"split": "train"})
     vectors.set_band([2], "set by the test")

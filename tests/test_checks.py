@@ -111,6 +111,21 @@ def test_axes_by_hand():
         geometry.axes(flat[:4], ["calm", "sad", "made up", "other"])
 
 
+def test_ratings_are_read_with_each_concept_left_out():
+    """Against plain ridge regression fitted to the others, with the penalty in the same place."""
+    generator = torch.Generator().manual_seed(0)
+    rows, ratings = torch.randn(12, 5, generator=generator).double(), torch.randn(12, generator=generator).double()
+    found = geometry.left_out(rows, ratings)
+    centred = rows - rows.mean(0)
+    penalty = 0.3 * centred.square().sum(1).mean()
+    for out in (0, 7):
+        kept = [row for row in range(12) if row != out]
+        x, y = centred[kept] - centred[kept].mean(0), ratings[kept] - ratings[kept].mean()
+        weights = torch.linalg.solve(x.T @ x + penalty * torch.eye(5), x.T @ y)
+        by_hand = (centred[out] - centred[kept].mean(0)) @ weights + ratings[kept].mean()
+        assert float(found[out]) == pytest.approx(float(by_hand), abs=1e-6)
+
+
 def test_families_by_hand():
     """calm and serene (one family) at cosine 1, sad at 0 from both: 1 - 0."""
     rows = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])

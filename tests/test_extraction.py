@@ -58,7 +58,7 @@ def make_world(folder: Path, signal: float = 1, topic_effect: float = 0.05) -> W
         by_topic = topic_effect * draw(topics).repeat_interleave(len(CONCEPTS), 0)
         concept = signal * planted.repeat(topics, 1, 1)
         states = 7 + concept + by_topic + NOISE * draw(len(stories))
-        return Read(stories, group(folder / f"{split} {signal} {topic_effect}", states), neutral)
+        return Read(stories, group(folder / f"{split} {signal} {topic_effect}", states), neutral, CONCEPTS)
 
     return World(truth / truth.norm(dim=-1, keepdim=True), tell("train", 10), tell("selection", 40))
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"shards"},
     {"extraction", "reading", "geometry", "formats"},
     {"layers"},
-    {"checks"},
+    {"checks", "default_vectors"},
     {"training", "audit"},
     {"report"},
     {"commands"},

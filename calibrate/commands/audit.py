@@ -15,7 +15,9 @@ def audit(arguments: argparse.Namespace) -> None:
     vectors, own = _both_vectors(arguments)
     twins, pairs, dialogues = _texts(arguments)
     checkpoint = load(arguments)
-    _check_model(checkpoint, vectors, own, shipped=arguments.own_vectors == "default/audit")
+    _check_model(
+        checkpoint, vectors, own, shipped=(arguments.model, arguments.own_vectors) == ("default", "default/audit")
+    )
     options = {
         **identity(checkpoint),
         "target": arguments.target,

@@ -34,8 +34,8 @@ def write(arguments: argparse.Namespace) -> None:
         raise ValueError("`--server` needs `--server-model`, the name under which the server knows its model")
     if arguments.model and (arguments.server_model or arguments.concurrency != 1):
         raise ValueError("`--server-model` and `--concurrency` go with `--server` only")
-    for option in ("per_cell", "per_request", "concurrency"):
-        if getattr(arguments, option) < 1:
+    for option in ("per_cell", "per_request", "concurrency", "max_topics"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
             raise ValueError(f"`--{option.replace('_', '-')}` is {getattr(arguments, option)}; give 1 or more")
     known = load_concepts()
     concepts = arguments.concepts or list(known)

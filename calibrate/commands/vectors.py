@@ -14,8 +14,15 @@ def extract(arguments: argparse.Namespace) -> None:
     from calibrate import extraction, models, shards
     from calibrate.vectors import load_vectors
 
+    arguments.layers = sorted({*arguments.layers}) if arguments.layers else None
     if arguments.directions:
         return adopt(arguments)
+    if arguments.sae_rows:
+        raise ValueError("`--sae-rows` needs `--directions FILE.safetensors`, the file that holds the SAE")
+    if arguments.check and "train" not in arguments.splits:
+        raise ValueError("`--check` measures the vectors of the train split; add `train` to `--splits`")
+    if "contrastive" in arguments.recipes and set(arguments.splits) != {"train"}:
+        raise ValueError("`--recipes contrastive` reads prompts, which have no splits; use it with `--splits train`")
     texts = _texts(arguments)
     reference = load_vectors(arguments.reference) if arguments.reference else None
     if reference is None:
@@ -25,6 +32,8 @@ def extract(arguments: argparse.Namespace) -> None:
     if reference is not None:
         reference.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
         reference.positions(arguments.layers or [])
+        if missing := [layer for layer in reference.band or [] if layer not in (arguments.layers or reference.layers)]:
+            raise ValueError(f"`--layers` leaves out {missing} of the reference's band {reference.band}; add them")
     models.check_layers(arguments.layers or [], config.num_hidden_layers)
     layers = list(range(config.num_hidden_layers))
     if reference is not None:
@@ -39,11 +48,12 @@ def extract(arguments: argparse.Namespace) -> None:
     groups = shards.read(checkpoint, items, layers, arguments.out / "states")
     if PartialState().is_main_process:  # the other processes have only read
         own = extraction.neutral_states(groups["neutral"])
+        concepts = list(dict.fromkeys(story.concept for story in texts["stories"]))
         reads = {}
         for split in (split for split in ("train", "selection", "audit") if f"stories-{split}" in groups):
             rows = [story for story in texts["stories"] if story.split == split]
             contrast = groups.get("contrast")
-            reads[split] = extraction.Read(rows, groups[f"stories-{split}"], own["token"], contrast)
+            reads[split] = extraction.Read(rows, groups[f"stories-{split}"], own["token"], concepts, contrast)
         _write(arguments, checkpoint, texts, groups, reads, reference, wanted, settings)
 
 
@@ -70,7 +80,13 @@ def _texts(arguments: argparse.Namespace) -> dict[str, list]:
     if arguments.deflection:
         path = None if arguments.deflection is True else Path(arguments.deflection)
         hidden = [row for row in corpora.load_deflection(path) if row.split == "train"]
+        if len({row.felt for row in hidden}) < 2:
+            raise ValueError('deflection needs dialogues of two felt concepts or more with `"split": "train"`')
+        check_splits(["train"], stories, "; deflection vectors need it")
     twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "selection"]
+    in_train = {story.concept for story in stories if story.split == "train"}
+    if in_train and (only := sorted({story.concept for story in stories} - in_train)):
+        raise ValueError(f"the stories about {', '.join(only)} have none of split 'train'; every concept needs some")
     return {"stories": stories, "neutral": dialogues, "deflection": hidden, "twins": twins}
 
 
@@ -165,14 +181,20 @@ def _write(arguments, checkpoint, texts, groups, reads, reference, wanted, setti
         source = reference
     for name, (split, recipe) in wanted.items():
         vectors = make(split, recipe, name)
-        vectors.set_band(source.band, source.band_reason, source.band_search)
+        vectors.set_band(source.band, source.band_reason, _at(source, stored))
         if arguments.check and split == "train" and recipe != "deflection":
             vectors.checks = checks.run(checkpoint, vectors, slim["train"], slim["audit"], recipe)
             print(_table(name, vectors.checks))
         vectors.save(arguments.out / name)
         print(f"{arguments.out / name}: {len(vectors.concepts)} concepts, layers {stored[0]} to {stored[-1]}")
-    print(f"Layers for readings: {choice.reason if choice else 'those of the reference'}")
+    print(f"Layers for reading: {choice.reason if choice else 'those of the reference'}")
     print(f"Band for training: {source.band_reason}")
+
+
+def _at(source, layers: list[int]) -> dict[str, list[float]] | None:
+    """The figures of the band search at `layers`."""
+    at = source.positions(layers)
+    return source.band_search and {name: [series[i] for i in at] for name, series in source.band_search.items()}
 
 
 def _layer_choice(reads: dict, stored: list[int]):
@@ -194,9 +216,16 @@ def _table(name: str, found: dict[str, Any]) -> str:
 
 def adopt(arguments: argparse.Namespace) -> None:
     """Directions of another tool, from a safetensors file, with the unit of this model's neutral text."""
+    from accelerate import PartialState
+
     from calibrate import corpora, extraction, formats, models, shards
 
+    ignored = ("stories", "concepts", "deflection", "reference", "check")
+    if given := [name for name in ignored if getattr(arguments, name)]:
+        raise ValueError(f"`--directions` reads no stories; leave out {', '.join(f'`--{name}`' for name in given)}")
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
+    if len(dialogues) < 2:
+        raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "train"`; mu and sigma need at least 2')
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     if arguments.sae_rows:
@@ -222,6 +251,8 @@ def adopt(arguments: argparse.Namespace) -> None:
         return print(f"{arguments.out} already holds these vectors; nothing to do")
     items = {"neutral": extraction.neutral_items(checkpoint.tokenizer, dialogues)}
     group = shards.read(checkpoint, items, layers, arguments.out.with_name(f"{arguments.out.name}-states"))["neutral"]
+    if not PartialState().is_main_process:
+        return None
     neutral = extraction.neutral_states(group)
     extraction.make_vectors(checkpoint, names, found, neutral, layers, settings).save(arguments.out)
     print(f"{arguments.out}: {len(names)} concepts, layers {layers[0]} to {layers[-1]}")
@@ -250,6 +281,7 @@ def read(arguments: argparse.Namespace) -> None:
     from calibrate.vectors import load_vectors
 
     vectors = load_vectors(arguments.vectors)
+    arguments.layers = sorted({*arguments.layers}) if arguments.layers else None
     vectors.positions(arguments.layers or [])
     for _ in reading.read_records(arguments.texts):  # a bad line is refused before a model is loaded
         pass
@@ -257,9 +289,7 @@ def read(arguments: argparse.Namespace) -> None:
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
-    count = reading.read_file(
-        checkpoint, vectors, arguments.texts, arguments.out, sorted(arguments.layers or []) or None, arguments.tokens
-    )
+    count = reading.read_file(checkpoint, vectors, arguments.texts, arguments.out, arguments.layers, arguments.tokens)
     print(
         f"{arguments.out}: {count} records"
         if count
@@ -281,7 +311,7 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.format != "gguf" and arguments.concepts:
         raise ValueError("`--concepts` goes with `--format gguf` only; the other formats hold all concepts")
     if arguments.format == "folder":
-        formats.export_folder(vectors, sorted(arguments.layers or vectors.layers), out, arguments.half)
+        formats.export_folder(vectors, sorted({*(arguments.layers or vectors.layers)}), out, arguments.half)
     elif arguments.format == "persona":
         formats.export_persona(vectors, out)
     else:

@@ -1,0 +1,32 @@
+"""Puts extracted vectors of the default model into this package: `python -m calibrate.default_vectors FOLDER`."""
+
+import argparse
+from pathlib import Path
+
+from calibrate import formats, geometry
+from calibrate.vectors import SHIPPED, load_vectors
+
+LIMIT = 6_000_000  # bytes; the package stays light
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, help="folder that `calibrate extract default --splits train audit` wrote")
+    parser.add_argument("--map", type=Path, default=Path("docs/concept_map.png"), help="picture to draw")
+    arguments = parser.parse_args()
+    for split in ("train", "audit"):
+        vectors = load_vectors(str(arguments.source / split))
+        layers = sorted({*vectors.used_band(), *vectors.reading_layers()})
+        formats.export_folder(vectors, layers, SHIPPED / split, half=True)
+    size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
+    if size > LIMIT:
+        raise SystemExit(f"error: {size:,} bytes in {SHIPPED}; the package takes {LIMIT:,}")
+    train = load_vectors("default")
+    at = train.positions(train.reading_layers())
+    found = geometry.axes(train.directions[:, at].mean(1), train.concepts)
+    title = f"171 emotion directions of SmolLM2-135M-Instruct, layers {', '.join(map(str, train.reading_layers()))}"
+    geometry.plot_map(found, train.concepts, arguments.map, title)
+
+
+if __name__ == "__main__":
+    main()
