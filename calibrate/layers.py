@@ -50,10 +50,10 @@ def choose_layers(accuracy: Tensor, stories: int, chance: float, among: list[int
     best = max(among, key=lambda layer: float(accuracy[layer]))
     top = float(accuracy[best])
     figures = [round(float(value), 4) for value in accuracy]
-    if top < DECODING_FACTOR * chance:
+    if top < min(DECODING_FACTOR * chance, (1 + chance) / 2):  # of two or three concepts: halfway to perfect
         return LayerChoice(
             two_thirds(among, len(accuracy)),
-            f"Held-out decoding reaches {top:.1%} at most (layer {best}), under {DECODING_FACTOR} times chance "
+            f"Held-out decoding reaches {top:.1%} at most (layer {best}), too little beside chance "
             f"({chance:.1%}): no layer is better than another, so the study's two thirds of depth.",
             figures,
         )
@@ -102,7 +102,7 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
     contrast = torch.einsum("lh,lh->l", difference, vectors.directions[row].double()) / sigma[row]
     random = _random_contrasts(vectors.neutral("header").double(), difference).quantile(0.95, dim=0)
     chance = 1 / len(vectors.concepts)
-    holds = (contrast > random) & (accuracy >= DECODING_FACTOR / len(vectors.concepts))
+    holds = (contrast > random) & (accuracy >= min(DECODING_FACTOR * chance, (1 + chance) / 2) - 1e-12)
     runs: list[list[int]] = [[]]
     for position, layer in enumerate(vectors.layers):
         if not holds[position]:

@@ -133,6 +133,18 @@ ERRORS = [
     ("extract {tiny} --reference {tmp}/nowhere", "nowhere': no model.safetensors"),
     ("extract {tiny} --reference {narrow}", r"\(width 8, 5 layers\); .* has width 32 and 5 layers"),
     ("extract {tiny} --reference {train} --layers 4", r"layers \[4\] are out of range; these vectors hold"),
+    (
+        "extract {tiny} --reference {banded} --layers 2",
+        r"`--layers` leaves out \[3\] of the reference's band \[2, 3\]",
+    ),
+    ("extract {tiny} --concepts calm proud", "'desperate' is not among `--concepts` calm, proud"),
+    ("extract {tiny} --concepts desperate furious", "the stories have none about 'furious'"),
+    ("extract {tiny} --splits audit --check", "add `train` to `--splits`"),
+    ("extract {tiny} --splits train audit --recipes contrastive", "use it with `--splits train`"),
+    ("extract {tiny} --sae-rows a=1", "`--sae-rows` needs `--directions FILE.safetensors`"),
+    ("extract {tiny} --directions {tmp}/x.safetensors --check", "leave out `--stories`, `--check`"),
+    ("extract {tiny} --deflection {tmp}/felt.jsonl", "two felt concepts or more"),
+    ("extract {tiny} --stories {tmp}/late.jsonl", "the stories about calm have none of split 'train'"),
     ("audit {tmp}/nowhere", "no folder with config.json"),
     ("audit {tiny} --twins {tmp}/none.jsonl", "none.jsonl: no such file"),
     ("audit {tiny} --vectors {tmp}/nowhere", "nowhere': no model.safetensors"),
@@ -161,17 +173,21 @@ def places(run, texts, tiny_folder, tmp_path_factory):
         "key": [story, no_topic],
         "gap": [story, "", story],
         "last": [story | {"split": "audit"}],
+        "late": [story, story | {"split": "selection"}, story | {"concept": "calm", "split": "selection"}],
+        "felt": [row._asdict() for row in corpora.load_deflection() if row.felt == "sad"],
         "lone": [pair for pair in pairs if pair["task"] == pairs[0]["task"]],
         "quiet": [dialogue, dialogue | {"split": "audit"}],
     }.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     shutil.copytree(tiny_folder, folder / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
     vectors = load_vectors(str(run / "vectors/train"))
+    vectors.set_band([2, 3], "set by the test")
+    vectors.save(folder / "banded")
     vectors.weight_hash = "0"
     vectors.save(folder / "foreign")
     samples = dict.fromkeys(("token", "header", "reply", "text"), 2)
     EmotionVectors(["desperate"], [1], 8, 5, samples, "narrow", "0", {}).save(folder / "narrow")
-    own = {name: folder / name for name in ("bare", "foreign", "narrow")}
+    own = {name: folder / name for name in ("bare", "banded", "foreign", "narrow")}
     run_places = {"train": run / "vectors/train", "tuned": run / "after-vectors/audit", "before": run / "before"}
     return {"tmp": folder, "tiny": tiny_folder} | own | run_places
 

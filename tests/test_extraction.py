@@ -218,7 +218,7 @@ def test_the_best_layer_and_its_neighbours_within_one_standard_error():
 def test_without_decoding_the_layers_are_two_thirds_of_depth():
     choice = choose_layers(torch.full((30,), 0.14), 100, 0.05, list(range(8, 24)))
     assert choice.layers == [17, 18, 19, 20]
-    assert "under 3 times chance (5.0%): no layer is better than another" in choice.reason
+    assert "too little beside chance (5.0%): no layer is better than another" in choice.reason
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(30, range(8, 24)), (DEPTH, [1, 2, 3])])

@@ -112,6 +112,9 @@ def _neutral(rows: list[dict]) -> Iterable[Finding]:
     pleasantries = re.compile(r"\b(please|thank(s| you)|you're welcome|sorry|glad|happy|hope you)\b", re.IGNORECASE)
     first: dict[str, int] = {}
     for line, row in enumerate(rows, 1):
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in row["messages"]):
+            yield line, "`messages` is not a list of objects with texts `role` and `content`"
+            continue
         roles = [message.get("role") for message in row["messages"]]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
@@ -141,6 +144,9 @@ def _deflection(rows: list[dict]) -> Iterable[Finding]:
         if row["felt"] == row["shown"]:
             yield line, "felt and shown are the same"
         last = 0
+        if not all(isinstance(span, list) and [type(end) for end in span] == [int, int] for span in row["spans"]):
+            yield line, f"spans are {row['spans']}; give [start, stop] pairs of characters"
+            continue
         for start, stop in row["spans"]:
             if not last <= start < stop <= len(row["text"]):
                 yield line, f"the span {[start, stop]} is not in the text, or not after the one before it"
@@ -156,6 +162,9 @@ def _deflection(rows: list[dict]) -> Iterable[Finding]:
 
 def _ladders(rows: list[dict]) -> Iterable[Finding]:
     for line, row in enumerate(rows, 1):
+        if not isinstance(row["expected"], dict) or not all(isinstance(v, int | float) for v in row["values"]):
+            yield line, "`values` is not a list of numbers, or `expected` no object of concepts"
+            continue
         if row["template"].count("{value}") != 1:
             yield line, "the template needs `{value}` once"
         if len(row["values"]) < 6 or row["values"] != sorted(set(row["values"])):
