@@ -155,7 +155,7 @@ def _peers(checkpoint, stories: list, layers: list[int]) -> dict[str, Callable[[
     def repeng() -> None:
         import numpy as np
 
-        np.float_ = np.float64  # ty: ignore[unresolved-attribute]  # removed in NumPy 2; repeng 0.4.0 names it
+        np.float_ = np.float64  # ty: ignore[missing-attribute]  # removed in NumPy 2; repeng 0.4.0 names it
         from repeng.extract import batched_get_hiddens  # ty: ignore[import-not-found]
 
         batched_get_hiddens(model, tokenizer, texts, layers[1:], 32)

@@ -217,7 +217,7 @@ def logistic_directions(group: Group, labels: list[str], concepts: list[str], de
             value.backward()
             return value
 
-        optimizer.step(loss)  # ty: ignore[invalid-argument-type]
+        optimizer.step(loss)
         found.append(weights.detach() / scale)
     stacked = torch.stack(found, 1)
     return _unit(stacked - stacked.mean(0))
