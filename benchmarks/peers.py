@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from calibrate import corpora, extraction, models, shards, transcripts
+from calibrate import corpora, models, shards, transcripts
 from calibrate.shards import Item
+from calibrate.vectors import load_vectors
 
 START = 50  # tokens skipped, as the peers do
 
@@ -35,12 +36,12 @@ def main() -> None:
     concepts = list(dict.fromkeys(story.concept for story in corpora.load_stories()))[:10]
     stories = [story for story in corpora.load_stories() if story.concept in concepts]
     stories = corpora.spread(stories, arguments.stories)
-    layers = extraction.candidate_layers(models.text_config(checkpoint.model).num_hidden_layers)
+    layers = load_vectors("default").used_band()
     everything = list(range(models.text_config(checkpoint.model).num_hidden_layers))
     reference = _centred(_one_by_one(checkpoint, stories, everything), stories)
 
     runs: dict[str, Callable[[], torch.Tensor | None]] = {
-        "calibrate, band layers": lambda: _ours(checkpoint, stories, layers),
+        "calibrate, the band": lambda: _ours(checkpoint, stories, layers),
         "calibrate, all layers": lambda: _ours(checkpoint, stories, everything),
         "calibrate, all layers, one text a batch": lambda: _ours(checkpoint, stories, everything, budget=1),
     } | _peers(checkpoint, stories, everything)
@@ -64,7 +65,7 @@ def main() -> None:
             times[name].append(time.process_time() - start)
     tokens = sum(len(transcripts.encode_text(checkpoint.tokenizer, story.text).ids) for story in stories)
     print(f"{len(stories)} stories, {tokens} tokens, {arguments.pairs} rounds in turn, CPU seconds, medians")
-    ours = times["calibrate, band layers"]
+    ours = times["calibrate, the band"]
     for name, seconds in times.items():
         ratios = sorted(theirs / mine for theirs, mine in zip(seconds, ours, strict=True))
         print(

@@ -12,6 +12,7 @@ from test_cli import calibrate
 from calibrate import models
 from calibrate.activations import Tap, states
 from calibrate.audit.record import load_record
+from calibrate.corpora import load_stories
 from calibrate.vectors import load_vectors
 
 pytestmark = pytest.mark.slow
@@ -63,23 +64,19 @@ def test_shipped_vectors_are_those_that_extraction_gives_today(default, tmp_path
     assert torch.cosine_similarity(again.directions, shipped.directions, dim=-1).min() > 0.999
 
 
-def test_readings_and_an_audit_of_the_default_model_need_no_extraction(default, tmp_path):
-    """A text of despair reads more desperate than a timetable, with what ships."""
-    rows = [
-        {
-            "id": "despair",
-            "text": "Please, there is nothing left to sell, they come for the house tonight. I'll do anything.",
-        },
-        {
-            "id": "timetable",
-            "text": "The bus to the museum leaves every twenty minutes from the stop beside the library.",
-        },
-    ]
+def test_readings_and_an_audit_of_the_default_model_need_no_extraction(tmp_path):
+    """40 audit stories of ten concepts, each concept's reading centred over them: the story's own is the highest.
+
+    Chance is 0.1 with a standard error of 0.05; single readings are noisy (see the README).
+    """
+    concepts = list(dict.fromkeys(story.concept for story in load_stories()))[:10]
+    stories = [s for s in load_stories() if s.split == "audit" and s.concept in concepts]
+    rows = [{"id": story.id, "text": story.text} for story in stories]
     calibrate("read", "default", write_jsonl(tmp_path / "in.jsonl", rows), "--out", tmp_path / "out.jsonl")
-    one, two = (
-        json.loads(line)["readings"]["desperate"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
-    )
-    assert one > two
+    found = [json.loads(line)["readings"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    readings = torch.tensor([[row[concept] for concept in concepts] for row in found])
+    truth = torch.tensor([concepts.index(story.concept) for story in stories])
+    assert ((readings - readings.mean(0)).argmax(1) == truth).double().mean() > 0.25
     calibrate("audit", "default", "--max-tasks", 2, "--max-pairs-per-task", 1, "--out", tmp_path / "audit")
     assert len(load_record(tmp_path / "audit").vectors.concepts) == 171
 
