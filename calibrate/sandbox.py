@@ -28,6 +28,7 @@ done
 mount --rbind "$STAGE/dev" /dev
 mount -t tmpfs -o size=64k,mode=755 tmpfs /run
 mount -t proc proc /proc
+[ -z "$LOOPBACK" ] || ip link set lo up
 if ! echo "$PROCESSES" 2>/dev/null >/proc/sys/kernel/pid_max; then
   [ "$OUTER_UID" != 0 ] || { echo 'root needs Linux 6.14 or later; run as an ordinary user' >&2; exit 1; }
 fi
@@ -68,6 +69,7 @@ def run(
     memory_mib: int = 1024,
     processes: int = 400,
     disk_mib: int = 32,
+    loopback: bool = False,
 ) -> Completed:
     """Runs `command` in a fresh folder that holds `files` and returns its exit code and output.
 
@@ -82,6 +84,8 @@ def run(
         memory_mib: address space of each process.
         processes: upper bound on process ids; at least 301, which is the kernel's lowest.
         disk_mib: size of the in-memory folder, the only writable place, and the most that the output may hold.
+        loopback: bring up the sandbox's own loopback interface (with `ip` of iproute2), for a service that the command
+            starts and asks; it leads nowhere else.
 
     Raises:
         SandboxError: namespaces are not granted here, or a path leaves the folder.
@@ -99,15 +103,17 @@ def run(
         for name in ("files", "work", "dev"):
             Path(stage, name).mkdir(exist_ok=True)
         limits = {"CPU": seconds, "MEMORY": memory_mib * 2**20, "PROCESSES": processes, "DISK": disk_mib * 2**20}
-        return _run_isolated(command, stage, environment or {}, limits)
+        return _run_isolated(command, stage, environment or {}, limits, loopback)
 
 
-def _run_isolated(command: list[str], stage: str, environment: dict[str, str], limits: dict[str, int]) -> Completed:
+def _run_isolated(
+    command: list[str], stage: str, environment: dict[str, str], limits: dict[str, int], loopback: bool
+) -> Completed:
     work = str(Path(stage, "work"))
     read_end, write_end = os.pipe()  # the setup script writes to its standard input once everything is isolated
     variables = {"PATH": os.defpath, "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
     assignments = [f"{name}={value}" for name, value in (variables | environment).items()]
-    setup = {"PATH": os.defpath, "STAGE": stage, "OUTER_UID": str(os.geteuid())}
+    setup = {"PATH": os.defpath, "STAGE": stage, "OUTER_UID": str(os.geteuid()), "LOOPBACK": "1" * loopback}
     namespaces = ["--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
     with os.fdopen(read_end) as pipe, tempfile.TemporaryFile("a+b") as captured:
         try:

@@ -1,7 +1,7 @@
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 
 import pytest
@@ -11,7 +11,6 @@ from conftest import write_jsonl
 from calibrate import corpora
 from calibrate.concepts import Concept, load_concepts
 from calibrate.corpora import build
-from calibrate.sandbox import Completed
 
 REQUIRED_CONCEPTS = {
     "desperate", "calm", "angry", "afraid", "sad", "happy", "guilty", "proud", "hopeful", "frustrated", "hostile",
@@ -20,6 +19,9 @@ REQUIRED_CONCEPTS = {
 STORY = {"id": "calm/pier", "concept": "calm", "topic": "pier", "split": "train", "text": "She sat by the water."}
 CONTEXT = {"id": "a/failing", "task": "a", "split": "train", "outcome": "failing", "messages": [{}], "reply": "Next."}
 PASSING = CONTEXT | {"outcome": "passing"}
+DIALOGUE = {"id": "a", "split": "train", "messages": [{"role": "user", "content": "When?"}]}
+LADDER = {"id": "a", "split": "audit", "template": "{value} mg", "values": [1, 2], "expected": {"calm": "up"}}
+DEFLECTION = STORY | {"felt": "sad", "shown": "calm", "spans": [[0, 3]]}
 
 
 def sequences(text: str, length: int = 8) -> set[tuple[str, ...]]:
@@ -59,6 +61,29 @@ def test_a_bad_line_is_refused_with_its_place(rows, message, tmp_path):
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}{message}"):
         corpora.load_stories(path)
+
+
+@pytest.mark.parametrize(
+    ("load", "row", "change", "message"),
+    [
+        (corpora.load_stories, STORY, {"text": 5}, "'text' is a number, 5; give a text"),
+        (corpora.load_stories, STORY, {"text": None}, "'text' is null, null; give a text"),
+        (corpora.load_stories, STORY, {"id": [1]}, "'id' is a list, [1]; give a text"),
+        (corpora.load_stories, STORY, {"split": {"a": 1}}, """'split' is an object, {"a": 1}; give a text"""),
+        (corpora.load_neutral, DIALOGUE, {"messages": 5}, "'messages' is a number, 5; give a list"),
+        (corpora.load_neutral, DIALOGUE, {"messages": True}, "'messages' is a truth value, true; give a list"),
+        (corpora.load_ladders, LADDER, {"values": 5}, "'values' is a number, 5; give a list"),
+        (corpora.load_ladders, LADDER, {"template": 5.5}, "'template' is a number, 5.5; give a text"),
+        (corpora.load_ladders, LADDER, {"expected": ["calm"]}, """'expected' is a list, ["calm"]; give an object"""),
+        (corpora.load_deflection, DEFLECTION, {"spans": 5}, "'spans' is a number, 5; give a list"),
+        (corpora.load_deflection, DEFLECTION, {"spans": "x" * 99}, f"'spans' is a text, \"{'x' * 39}; give a list"),
+        (corpora.load_twins, CONTEXT, {"traits": "deadline"}, """'traits' is a text, "deadline"; give a list"""),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_place_and_key(load, row, change, message, tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", [row, row | change])
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}:2: the value of {message}')}$"):
+        load(path)
 
 
 @pytest.mark.parametrize("load", [corpora.load_stories, corpora.load_neutral, corpora.load_twins, corpora.load_pairs])
@@ -142,45 +167,104 @@ def test_neutral_dialogues_end_with_the_assistant():
         assert all(message["content"].strip() for message in dialogue.messages), dialogue.id
 
 
-def test_twins_differ_in_the_tool_result_alone():
-    twins = corpora.load_twins()
-    assert len(twins) >= 40
-    assert sum(failing.split == "audit" for failing, _ in twins) >= 12
-    for failing, passing in twins:
-        assert [message["role"] for message in failing.messages] == ["system", "user", "assistant", "tool"], failing.id
+TWINS = corpora.load_twins()
+CONTROLS = corpora.load_twins(controls=True)
+
+
+def test_there_are_enough_contexts_of_enough_kinds():
+    """200 failing contexts of 60 tasks; a third with three to six attempts; ten causes; both kinds of controls."""
+    rows = [row for row in read_raw("twins.jsonl") if row["outcome"] == "failing"]
+    pressed = [row for row in rows if not set(row["traits"]) & set(corpora.CONTROLS)]
+    assert len(pressed) == len(TWINS) >= 200
+    assert len({row["task"] for row in pressed}) >= 60
+    attempts = [len(row["exit_codes"]) for row in pressed]
+    assert sum(3 <= count <= 6 for count in attempts) >= len(pressed) / 3
+    assert max(attempts) <= 6
+    assert len({row["cause"] for row in pressed}) >= 10
+    harnesses = Counter(row["harness"] for row in pressed)
+    assert harnesses["pytest"] + harnesses["unittest"] > len(pressed) / 2  # Python's test runners for most
+    assert {"shell", "service"} <= harnesses.keys()
+    assert any(
+        "error[" in row["messages"][-1]["content"] for row in pressed if row["split"] == "audit"
+    )  # type checker
+    for kind in corpora.CONTROLS:
+        splits = {failing.split for failing, _ in CONTROLS if kind in failing.traits}
+        assert splits == set(corpora.SPLITS), kind
+
+
+def test_twins_differ_in_the_last_tool_result_alone():
+    for failing, passing in TWINS + CONTROLS:
+        roles = [message["role"] for message in failing.messages]
+        assert roles[:2] == ["system", "user"], failing.id
+        assert roles[-2:] == ["assistant", "tool"], failing.id
         assert failing.messages[:-1] == passing.messages[:-1], failing.id
         assert failing.messages[-1]["content"] != passing.messages[-1]["content"], failing.id
         assert (failing.split, failing.reply) == (passing.split, passing.reply), failing.id
+        assert failing.felt.keys() == {"desperate", "composed"}, failing.id
         short, long = sorted(sum(len(m["content"]) for m in row.messages) for row in (failing, passing))
         assert long - short <= 0.1 * long, failing.id
 
 
-def test_splits_share_no_harness():
+def test_splits_share_no_harness_and_exit_codes_say_what_happened():
     harnesses = defaultdict(set)
     for row in read_raw("twins.jsonl"):
         harnesses[row["split"]].add(row["harness"])
-        assert (row["exit_code"] == 0) == (row["outcome"] == "passing"), row["id"]
+        *earlier, last = row["exit_codes"]
+        assert all(earlier), row["id"]
+        if "benign" not in row["traits"]:
+            assert (last == 0) == (row["outcome"] == "passing"), row["id"]
     assert harnesses.keys() == set(corpora.SPLITS)
     assert not any(one & other for one, other in combinations(harnesses.values(), 2))
 
 
+def test_no_two_tasks_share_a_function_an_assertion_or_an_exception():
+    """Functions and classes under test, lines that only the failing test has, and messages that the last run shows."""
+    functions, asserted, messages = defaultdict(set), defaultdict(set), defaultdict(set)
+    for path in build.TASKS.glob("*.yaml"):
+        task = build.load_task(path)
+        for name, text in task["files"].items():
+            if name.endswith(".py") and name != task["test_file"]:
+                for found in re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE):
+                    functions[found].add(task["id"])
+        if "test" in task["failing"]:
+            passing = {line.strip() for line in task["passing"]["test"].splitlines()}
+            for line in map(str.strip, task["failing"]["test"].splitlines()):
+                if "assert" in line.lower() and line not in passing:
+                    asserted[line].add(task["id"])
+    for failing, _ in TWINS:
+        for found in re.findall(r"\b\w+(?:Error|Exception): .{12,}", failing.messages[-1]["content"]):
+            if not found.endswith("..."):  # pytest cuts long lines
+                messages[found].add(failing.task)
+    for what in (functions, asserted, messages):
+        assert len(what) > 40
+        assert {name: tasks for name, tasks in what.items() if len(tasks) > 1} == {}
+
+
 def test_pairs_stand_on_the_failing_contexts():
     pairs = corpora.load_pairs()
-    failing = {context.task: context for context, _ in corpora.load_twins()}
-    assert len(pairs) >= 60
-    assert {pair.task for pair in pairs} == failing.keys()
+    failing = {(context.task, context.context): context for context, _ in TWINS + CONTROLS}
+    assert len(pairs) >= 300
+    assert {(pair.task, pair.context) for pair in pairs} <= failing.keys()
     assert len({pair.id for pair in pairs}) == len(pairs)
+    assert {pair.kind for pair in pairs} == set(corpora.PAIR_KINDS)
+    turns = [sum(message["role"] == "assistant" for message in pair.prompt) for pair in pairs]
+    assert sum(count > 1 for count in turns) >= 150
+    lengths = []
     for pair in pairs:
-        assert pair.prompt == failing[pair.task].messages, pair.id
-        assert pair.split == failing[pair.task].split, pair.id
+        context = failing[pair.task, pair.context]
+        assert pair.prompt == context.messages, pair.id
+        assert pair.split == context.split, pair.id
         assert [message["role"] for message in (*pair.chosen, *pair.rejected)] == ["assistant"] * 2, pair.id
-        assert pair.chosen[0]["content"] != pair.rejected[0]["content"], pair.id
+        lengths.append((len(pair.chosen[0]["content"]), len(pair.rejected[0]["content"])))
+        assert abs(lengths[-1][0] - lengths[-1][1]) <= 0.2 * max(lengths[-1]), pair.id
+    # Neither side can be told by its length.
+    assert 0.4 < sum(chosen > rejected for chosen, rejected in lengths) / len(pairs) < 0.6
 
 
 def test_tasks_of_different_splits_share_no_eight_words():
     """In what was written for them: a reader that learnt phrases of the training tasks finds none in the audit."""
     written: dict[str, set] = {split: set() for split in corpora.SPLITS}
-    for context, _ in corpora.load_twins():
+    for context, _ in TWINS + CONTROLS:
         for text in (*(m["content"] for m in context.messages if m["role"] in ("system", "user")), context.reply):
             written[context.split] |= sequences(text)
     for pair in corpora.load_pairs():
@@ -195,36 +279,51 @@ def test_tasks_of_different_splits_share_no_eight_words():
 
 
 def test_shipped_rows_are_those_of_the_task_files():
-    """All but the tool result, which the next test executes for three of them."""
+    """All but the tool results, which the next test executes for five of them."""
     twins, pairs = defaultdict(list), defaultdict(list)
     for row in read_raw("twins.jsonl"):
-        twins[row["task"]].append(row)
+        twins[row["task"], row["context"]].append(row)
     for row in read_raw("pairs.jsonl"):
-        pairs[row["task"]].append(row)
+        pairs[row["task"], row["context"]].append(row)
     tasks = [build.load_task(path) for path in build.TASKS.glob("*.yaml")]
-    assert {task["id"] for task in tasks} == twins.keys() == pairs.keys()
+    places = {(task["id"], context["name"]) for task in tasks for context in task["contexts"]}
+    assert places == twins.keys() >= pairs.keys()
     for task in tasks:
-        before_the_result = build.transcript(task, Completed(0, ""))[:-1]
-        for row in twins[task["id"]]:
-            assert row["messages"][:-1] == before_the_result
-            assert row["reply"] == task["reply"].strip()
-            for key in ("split", "harness", "traits"):
-                assert row[key] == task[key]
-        assert build.build_pairs(task, twins[task["id"]][0]) == pairs[task["id"]]
+        for context in task["contexts"]:
+            rows = twins[task["id"], context["name"]]
+            printed = [[m["content"] for m in row["messages"] if m["role"] == "tool"] for row in rows]
+            for row, results in zip(rows, printed, strict=True):
+                assert row["messages"] == build.transcript(task, context, results)
+                assert row["reply"] == context["reply"].strip()
+                assert (row["harness"], row["traits"]) == (task["harness"], context["traits"])
+            assert build.build_pairs(context, rows[0]) == pairs.get((task["id"], context["name"]), [])
 
 
 def test_execution_gives_the_shipped_rows(tmp_path, monkeypatch):
-    """One task of each harness; nothing but the time that the tests took may differ."""
-    names = ["audit-grid-bed", "selection-shop-ini", "train-text-slugs"]
+    """One task of each harness, and one of the type checker; nothing but the time that the tests took may differ."""
+    names = ["audit-grid-bed", "audit-pilot-keel", "selection-shop-ini", "train-text-slugs"]
+    names += ["train-shell-lamb-gain", "train-api-trail-codes"]
     tasks = [build.TASKS / f"{name}.yaml" for name in names]
-    assert {build.load_task(path)["harness"] for path in tasks} == {"runner", "unittest", "pytest"}
+    assert {build.load_task(path)["harness"] for path in tasks} == {
+        h for some in build.HARNESSES.values() for h in some
+    }
     monkeypatch.setattr(sys, "argv", ["build", *map(str, tasks), "--out", str(tmp_path)])
     build.main()
-    for name in ("twins.jsonl", "pairs.jsonl"):
+    ids = {build.load_task(path)["id"] for path in tasks}
+    for name in ("twins.jsonl", "pairs.jsonl", "repairs.jsonl"):
         built = (tmp_path / name).read_text(encoding="utf-8")
-        shipped = [json.dumps(row, ensure_ascii=False) for row in read_raw(name) if row["task"] in built]
-        assert _without_durations(built).splitlines() == [_without_durations(row) for row in shipped]
-    assert len(list(tmp_path.iterdir())) == 2
+        shipped = [json.dumps(row, ensure_ascii=False) for row in read_raw(name) if row["task"] in ids]
+        assert sorted(_without_durations(built).splitlines()) == sorted(_without_durations(row) for row in shipped)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_repairs_are_fair_tasks_of_python():
+    repairs = corpora.load_repairs()
+    assert len({repair.task for repair in repairs if repair.split == "train"}) >= 15
+    ordinary = {row["id"] for row in read_raw("twins.jsonl") if "ordinary" in row["traits"]}
+    for repair in repairs:
+        assert repair.id in ordinary
+        assert repair.code_file in repair.files
 
 
 def _without_durations(text: str) -> str:
@@ -239,35 +338,73 @@ def _without_durations(text: str) -> str:
             r"task.yaml: missing or unknown keys \['difficulty'\]; a task has exactly \['assistant', ",
         ),
         ({"reply": None}, r"task.yaml: missing or unknown keys \['reply'\]; a task has exactly"),
-        ({"harness": "nose"}, "task.yaml: harness 'nose' is not one of pytest, unittest, runner"),
+        ({"split": "test"}, "task.yaml: split 'test' is not one of train, selection, audit"),
+        ({"split": "audit", "harness": "pytest"}, "task.yaml: harness 'pytest' is not one of runner"),
+        ({"cause": "bad luck"}, "task.yaml: cause 'bad luck' is not one of off by one, rounding,"),
+        ({"more": [{"name": "x"}]}, r"task.yaml: a context has missing or unknown keys \['attempts', 'felt', "),
     ],
 )
 def test_a_task_file_with_other_keys_or_harness_is_refused(change, message, tmp_path):
-    task = build.load_task(next(build.TASKS.glob("*.yaml"))) | change
+    task = yaml.safe_load((build.TASKS / "train-text-slugs.yaml").read_text(encoding="utf-8")) | change
     path = tmp_path / "task.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in task.items() if value is not None}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         build.load_task(path)
 
 
+SMALL = {
+    "id": "small", "split": "train", "harness": "pytest", "cause": "order", "traits": [], "system": "Edit.",
+    "user": "Mend it.", "assistant": "Done.", "files": {"a.py": "A = 1"}, "test_file": "run.py",
+    "command": ["python", "run.py"], "tail": 5, "reply": "Next.", "felt": {}, "pairs": [],
+}  # fmt: skip
+
+
+def small(folder, failing: str, passing: str, **change) -> dict:
+    """A task that is written and read again; its tests are these two scripts."""
+    task = SMALL | {"failing": {"test": failing}, "passing": {"test": passing}} | change
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(task), encoding="utf-8")
+    return build.load_task(path)
+
+
 @pytest.mark.parametrize(
     ("failing", "passing", "message"),
     [
-        ("raise SystemExit(1)", "raise SystemExit(2)", "small: the passing version ended with exit code 2"),
-        ("pass", "pass", "small: the failing version ended with exit code 0"),
+        ("raise SystemExit(1)", "raise SystemExit(2)", "small/plain: the passing version ended with exit code 2"),
+        ("pass", "pass", "small/plain: the failing version ended with exit code 0"),
         # Edit. (5) + Mend it. (8) + Done. and the code in its fence (32) + the result: 45 + 6 against 45 + 15.
         (
             "print('no way'); raise SystemExit(1)",
             "print('all is well now')",
-            "small: the twins have 51 and 60 characters, over 10 % apart",
+            "small/plain: the twins have 51 and 60 characters, over 10 % apart",
         ),
     ],
 )
-def test_a_task_that_does_not_do_as_it_says_is_refused(failing, passing, message):
-    task = {
-        "id": "small", "split": "train", "harness": "pytest", "traits": [], "system": "Edit.", "user": "Mend it.",
-        "assistant": "Done.", "files": {"a.py": "A = 1"}, "test_file": "run.py", "failing": {"test": failing},
-        "passing": {"test": passing}, "command": ["python", "run.py"], "tail": 5, "reply": "Next.", "pairs": [],
-    }  # fmt: skip
+def test_a_task_that_does_not_do_as_it_says_is_refused(tmp_path, failing, passing, message):
+    task = small(tmp_path, failing, passing)
     with pytest.raises(ValueError, match=message):
-        build.build_twins(task)
+        build.build_twins(task, task["contexts"][0])
+
+
+def test_attempts_are_executed_and_shown_in_order(tmp_path):
+    """The first attempt fails on both versions alike; the second passes where the test says so."""
+    attempts = [
+        {"user": "Please.", "assistant": "First.", "files": {"a.py": "raise SystemExit('broken')"}},
+        {"user": "Again, quickly.", "assistant": "Second.", "files": {"a.py": "A = 1"}},
+    ]
+    more = {"name": "pressed", "traits": ["stakes"], "system": "Work.", "attempts": attempts}
+    more |= {"reply": "Well.", "felt": {}, "pairs": []}
+    failing, passing = (f"import a\nprint('A is', a.A)\nraise SystemExit({code})" for code in (1, 0))
+    task = small(tmp_path, failing, passing, more=[more])
+    twins = build.build_twins(task, task["contexts"][1])
+    assert [row["exit_codes"] for row in twins] == [[1, 1], [1, 0]]
+    shown = [message["content"] for message in twins.passing["messages"]]
+    code = "```python\n# a.py\n{}\n```"
+    assert shown == [
+        "Work.", "Please.", "First.\n" + code.format("raise SystemExit('broken')"), "broken",
+        "Again, quickly.", "Second.\n" + code.format("A = 1"), "A is 1",
+    ]  # fmt: skip
+    attempts[0]["files"]["a.py"] = "import sys\nraise SystemExit(open('run.py').read()[-3:])"
+    task = small(tmp_path, failing, passing, more=[more])
+    with pytest.raises(ValueError, match=r"small/pressed: attempt 1 does not fail alike on both versions: '\(1\)'"):
+        build.build_twins(task, task["contexts"][1])

@@ -3,11 +3,21 @@
 import io
 import json
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_origin
 
 FOLDER = Path(__file__).parent
 Row = TypeVar("Row", bound=NamedTuple)
 SPLITS = ("train", "selection", "audit")
+CONTROLS = ("benign", "no-stakes")  # traits of failures that give no reason for despair: read, never pressed
+PAIR_KINDS = ("honest", "composed")
+JSON_NAMES = {
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+}
 
 
 class Story(NamedTuple):
@@ -37,10 +47,17 @@ class Context(NamedTuple):
     outcome: str  # failing or passing
     messages: list[dict[str, str]]
     reply: str
+    context: str = "plain"  # which of the task's conversations
+    traits: list[str] = []  # of the task, such as deadline; those in `CONTROLS` make it a control
+    felt: dict[str, str] = {}  # desperate, composed: two openings of the next turn, on failing transcripts
 
 
 class Pair(NamedTuple):
-    """Two replies to the same failing context: the honest one is chosen, the gaming one rejected."""
+    """Two replies to the same failing context.
+
+    Kind `honest`: the honest one is chosen, one that games the test rejected. Kind `composed`: both are honest, the
+    composed one is chosen, a frustrated one rejected.
+    """
 
     id: str
     task: str
@@ -48,6 +65,20 @@ class Pair(NamedTuple):
     prompt: list[dict[str, str]]
     chosen: list[dict[str, str]]
     rejected: list[dict[str, str]]
+    context: str = "plain"
+    kind: str = "honest"
+
+
+class Repair(NamedTuple):
+    """A failing context whose tests mended code can pass: reinforcement learning runs them on a reply's code."""
+
+    id: str
+    task: str
+    split: str
+    prompt: list[dict[str, str]]
+    files: dict[str, str]  # all files of the task, tests included
+    command: list[str]  # what runs the tests
+    code_file: str  # the file that the reply's code replaces
 
 
 class Deflection(NamedTuple):
@@ -92,34 +123,56 @@ def load_ladders(path: Path | str | None = None) -> list[Ladder]:
     return _load(Ladder, path or FOLDER / "ladders.jsonl")
 
 
-def load_twins(path: Path | str | None = None) -> list[tuple[Context, Context]]:
-    """(failing, passing) contexts of every task, in file order; see `_load` for the errors.
+def load_twins(path: Path | str | None = None, controls: bool = False) -> list[tuple[Context, Context]]:
+    """(failing, passing) contexts of every conversation, in file order; see `_load` for the errors.
+
+    Args:
+        controls: the controls alone (benign failures, failures with nothing at stake), which are left out otherwise.
 
     Raises:
-        ValueError: a task lacks one of its two outcomes, has one twice, or has its twins in different splits.
+        ValueError: a conversation lacks one of its two outcomes, has one twice, or has its twins in different splits.
     """
     path = path or FOLDER / "twins.jsonl"
-    by_task: dict[str, dict[str, Context]] = {}
+    found: dict[str, dict[str, Context]] = {}
     for row in _load(Context, path):
-        outcomes = by_task.setdefault(row.task, {})
+        name = row.task if row.context == "plain" else f"{row.task}/{row.context}"
+        outcomes = found.setdefault(name, {})
         if row.outcome in outcomes:
-            raise ValueError(
-                f"{path}: task {row.task!r} has two {row.outcome} contexts; give one failing and one passing"
-            )
+            raise ValueError(f"{path}: task {name!r} has two {row.outcome} contexts; give one failing and one passing")
         outcomes[row.outcome] = row
-    for task, outcomes in by_task.items():
+    for name, outcomes in found.items():
         if set(outcomes) != {"failing", "passing"}:
             raise ValueError(
-                f"{path}: task {task!r} has outcomes {sorted(outcomes)}; give one failing and one passing"
+                f"{path}: task {name!r} has outcomes {sorted(outcomes)}; give one failing and one passing"
             )
         if len(splits := {row.split for row in outcomes.values()}) > 1:
-            raise ValueError(f"{path}: task {task!r} has its twins in the splits {sorted(splits)}; give both the same")
-    return [(outcomes["failing"], outcomes["passing"]) for outcomes in by_task.values()]
+            raise ValueError(f"{path}: task {name!r} has its twins in the splits {sorted(splits)}; give both the same")
+    twins = [(outcomes["failing"], outcomes["passing"]) for outcomes in found.values()]
+    return [twin for twin in twins if bool(set(twin[0].traits) & set(CONTROLS)) == controls]
 
 
 def load_pairs(path: Path | str | None = None) -> list[Pair]:
-    """The shipped preference pairs, or those of `path`; see `_load` for the errors."""
-    return _load(Pair, path or FOLDER / "pairs.jsonl")
+    """The shipped preference pairs, or those of `path`; see `_load` for the errors.
+
+    Raises:
+        ValueError: a pair is of no known kind.
+    """
+    pairs = _load(Pair, path or FOLDER / "pairs.jsonl")
+    for number, pair in enumerate(pairs, 1):
+        if pair.kind not in PAIR_KINDS:
+            raise ValueError(f"{path}:{number}: kind {pair.kind!r} is not one of {', '.join(PAIR_KINDS)}")
+    return pairs
+
+
+def load_repairs(path: Path | str | None = None) -> list[Repair]:
+    """The shipped tasks to repair, or those of `path`; see `_load` for the errors."""
+    return _load(Repair, path or FOLDER / "repairs.jsonl")
+
+
+def of_tasks(twins: list[tuple[Context, Context]], count: int | None) -> list[tuple[Context, Context]]:
+    """The twins of `count` evenly spaced tasks; all where `count` is None."""
+    tasks = spread(list(dict.fromkeys(failing.task for failing, _ in twins)), count)
+    return [twin for twin in twins if twin[0].task in tasks]
 
 
 def spread(rows: list, count: int | None) -> list:
@@ -133,8 +186,8 @@ def _load(kind: type[Row], path: Path | str) -> list[Row]:
     """Reads a JSONL file into rows of `kind`; keys that `kind` does not have are provenance and are left out.
 
     Raises:
-        ValueError: the file is missing, empty or not UTF-8, or a line is not JSON, lacks a key, is empty, or has
-            another split; the message names file and line.
+        ValueError: the file is missing, empty or not UTF-8, or a line is not JSON, lacks a key, is empty, or has a
+            value of another type or another split; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -154,16 +207,28 @@ def _load(kind: type[Row], path: Path | str) -> list[Row]:
             raise ValueError(f"{where}: not JSON ({error.msg}); each line is one JSON object") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a {type(record).__name__}, not an object; each line is one JSON object")
-        for key in kind._fields:
-            if key not in record:
-                raise ValueError(
-                    f"{where}: lacks the key {key!r}; a {kind.__name__.lower()} has {', '.join(kind._fields)}"
-                )
-            if not record[key]:
-                raise ValueError(f"{where}: the value of {key!r} is empty; give it or remove the line")
+        _check_values(kind, record, where)
         if record["split"] not in SPLITS:
             raise ValueError(f"{where}: split {record['split']!r} is not one of {', '.join(SPLITS)}")
-        rows.append(kind(**{key: record[key] for key in kind._fields}))
+        rows.append(kind(**{key: record[key] for key in kind._fields if key in record}))
     if not rows:
         raise ValueError(f"{path}: the file holds no rows; give at least one")
     return rows
+
+
+def _check_values(kind: type[Row], record: dict, where: str) -> None:
+    """Raises ValueError unless all keys without a default are there, and values full and of the right outer type."""
+    required = [key for key in kind._fields if key not in kind._field_defaults]
+    for key in required:
+        if key not in record:
+            raise ValueError(f"{where}: lacks the key {key!r}; a {kind.__name__.lower()} has {', '.join(required)}")
+    for key in (key for key in kind._fields if key in record):
+        value, annotation = record[key], kind.__annotations__[key]
+        wanted = get_origin(annotation) or annotation  # `list` of `list[dict[str, str]]`
+        if not isinstance(value, wanted):
+            raise ValueError(
+                f"{where}: the value of {key!r} is {JSON_NAMES.get(type(value), 'null')}, "
+                f"{json.dumps(value, ensure_ascii=False)[:40]}; give {JSON_NAMES[wanted]}"
+            )
+        if key in required and not value:
+            raise ValueError(f"{where}: the value of {key!r} is empty; give it or remove the line")

@@ -16,6 +16,9 @@ STORY_WORDS = (80, 120)
 SEQUENCE = 8  # no two stories share so many words in a row
 FORMS = ("scene", "letter", "dialogue", "post", "monologue")
 MASKING = "masking"  # key of a deflection row: who masks
+SETS, SET_SIZE = 300, 30  # random sets of concepts in which words alone are to give little away
+MOST_BY_WORDS = 0.25  # share of stories that naive Bayes may name right in any of these sets (chance: 1 / SET_SIZE)
+TOPICS = 12  # topics whose words are counted; the counts of more would not fit
 
 
 class Problem(NamedTuple):
@@ -54,6 +57,8 @@ def check(kind: str, path: Path) -> tuple[list[Problem], dict[str, object]]:
     if kind == "stories":
         counts |= {"concepts": len({row["concept"] for row in rows}), "topics": len({row["topic"] for row in rows})}
         counts |= similarity([row["text"] for row in rows])
+        told, figures = _by_words(rows)
+        found, counts = found + told, counts | figures
     return [Problem(str(path), line, message) for line, message in sorted(found)], counts
 
 
@@ -106,6 +111,25 @@ def _balance(rows: list[dict]) -> Iterable[Finding]:
     for topic, found in splits.items():
         if len(found) > 1:
             yield 0, f"topic {topic!r} is in the splits {sorted(found)}; give it one"
+
+
+def _by_words(rows: list[dict]) -> tuple[list[Finding], dict[str, float]]:
+    """What `by_words` finds, with its figures; neither where the concepts or topics are too few for it."""
+    if len({row["concept"] for row in rows}) < SET_SIZE or len({row["topic"] for row in rows}) < 2:
+        return [], {}
+    shares, worst = by_words(rows)
+    figures = {
+        f"named by words alone in {SETS} random sets of {SET_SIZE}, mean": round(float(shares.mean()), 3),
+        "named by words alone, largest": round(float(shares.max()), 3),
+    }
+    if shares.max() <= MOST_BY_WORDS:
+        return [], figures
+    message = (
+        f"words alone name the concept of {shares.max():.1%} of the stories in a random set of {SET_SIZE} concepts, "
+        f"{MOST_BY_WORDS:.0%} are allowed; replace words that return in the stories of one concept, those of "
+        f"{', '.join(worst[:5])} first"
+    )
+    return [(0, message)], figures
 
 
 def _neutral(rows: list[dict]) -> Iterable[Finding]:
@@ -162,8 +186,8 @@ def _deflection(rows: list[dict]) -> Iterable[Finding]:
 
 def _ladders(rows: list[dict]) -> Iterable[Finding]:
     for line, row in enumerate(rows, 1):
-        if not isinstance(row["expected"], dict) or not all(isinstance(v, int | float) for v in row["values"]):
-            yield line, "`values` is not a list of numbers, or `expected` no object of concepts"
+        if not all(isinstance(value, int | float) for value in row["values"]):
+            yield line, f"the values {row['values']} are not all numbers"
             continue
         if row["template"].count("{value}") != 1:
             yield line, "the template needs `{value}` once"
@@ -177,8 +201,59 @@ def _ladders(rows: list[dict]) -> Iterable[Finding]:
 
 def sequences(text: str, length: int = SEQUENCE) -> list[tuple[str, ...]]:
     """All runs of `length` words of a text; case and punctuation do not count."""
-    words = re.findall(r"[a-z0-9']+", text.lower())
-    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+    found = words(text)
+    return [tuple(found[i : i + length]) for i in range(len(found) - length + 1)]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text."""
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def by_words(rows: list[dict]) -> tuple[np.ndarray, list[str]]:
+    """Share of stories that words alone name right in each random set, and the concepts, the most often right first.
+
+    The reader is that of `calibrate.checks.naive_bayes`, fitted in each set to all topics but one and read on that
+    one; the stories are the first of each concept and topic, on the first `TOPICS` topics. A story's log-likelihood
+    under a concept is `sum log(count + 1)` over its words minus, for each word that any training story of the set has,
+    the logarithm of the concept's words plus the set's vocabulary: the first term is the same in every set.
+    """
+    counts, concepts = _counts(rows)
+    size, total = counts.sum(2), counts.sum(1)
+    sums = np.stack([counts[:, t].astype(float) @ np.log1p(total - counts[:, t]).T for t in range(counts.shape[1])])
+    generator = np.random.default_rng(0)
+    shares, right, drawn = [], np.zeros(len(concepts)), np.zeros(len(concepts))
+    for _ in range(SETS):
+        among = generator.choice(len(concepts), SET_SIZE, replace=False)
+        inside = counts[among]
+        seen = inside.sum(0)
+        seen = seen.sum(0) - seen > 0  # [topics, words]: in the training stories of the set
+        known = np.einsum("ctw,tw->tc", inside, seen.astype(inside.dtype))
+        fitted = (size[among].sum(1, keepdims=True) - size[among]).T + seen.sum(1)[:, None]
+        scores = sums[:, among][:, :, among] - known[:, :, None] * np.log(fitted)[:, None]
+        there = size[among].T > 0
+        named = (scores.argmax(2) == np.arange(SET_SIZE)) & there
+        shares.append(named.sum() / there.sum())
+        right[among] += named.sum(0)
+        drawn[among] += there.sum(0)
+    order = np.argsort(-right / np.maximum(drawn, 1))
+    return np.array(shares), [concepts[row] for row in order]
+
+
+def _counts(rows: list[dict]) -> tuple[np.ndarray, list[str]]:
+    """(counts [concepts, topics, words], concepts) of the first story of each concept and topic."""
+    concepts, topics = (sorted({row[key] for row in rows}) for key in ("concept", "topic"))
+    at = {topic: index for index, topic in enumerate(topics[:TOPICS])}
+    cells: dict[tuple[int, int], list[str]] = {}
+    for row in rows:
+        if row["topic"] in at:
+            cells.setdefault((concepts.index(row["concept"]), at[row["topic"]]), words(row["text"]))
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(word for cell in cells.values() for word in cell))}
+    counts = np.zeros((len(concepts), len(at), len(vocabulary)), dtype=np.int16)
+    for cell, found in cells.items():
+        for word in found:
+            counts[*cell, vocabulary[word]] += 1
+    return counts, concepts
 
 
 def similarity(texts: list[str], most: int = 4000) -> dict[str, float]:
