@@ -2,8 +2,10 @@
 
 `python benchmarks/peers.py --peers FOLDER` where FOLDER/NAME holds each unpacked wheel (`pip download`,
 unzip; their pins clash with ours and with one another, so they run on our torch and transformers). A peer that is
-absent or fails is named as such. Fidelity is the worst cosine of a concept's centred mean with a float64 reference
-which reads one text at a time; tools that return another thing (the last token of pairs) have none.
+absent or fails is named as such. Each peer stands beside two runs of ours: that of the band, which is what we do by
+default, and one of all layers with as many texts a batch as the peer has. Ratios are medians over the rounds with
+their 95 % bootstrap interval. Fidelity is the worst cosine of a concept's centred mean with a float64 reference which
+reads one text at a time; tools that return another thing (the last token of pairs) have none.
 """
 
 import argparse
@@ -13,13 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 
-from calibrate import corpora, models, shards, transcripts
+from calibrate import activations, corpora, models, shards, stats, transcripts
 from calibrate.shards import Item
 from calibrate.vectors import load_vectors
 
+BAND = "calibrate, the band"
 START = 50  # tokens skipped, as the peers do
 
 
@@ -40,11 +45,17 @@ def main() -> None:
     everything = list(range(models.text_config(checkpoint.model).num_hidden_layers))
     reference = _centred(_one_by_one(checkpoint, stories, everything), stories)
 
+    peers = _peers(checkpoint, stories, everything)
+    equal = {name: f"calibrate, all layers, batch {batch}" for name, (batch, _) in peers.items()}
     runs: dict[str, Callable[[], torch.Tensor | None]] = {
-        "calibrate, the band": lambda: _ours(checkpoint, stories, layers),
+        BAND: lambda: _ours(checkpoint, stories, layers),
         "calibrate, all layers": lambda: _ours(checkpoint, stories, everything),
-        "calibrate, all layers, one text a batch": lambda: _ours(checkpoint, stories, everything, budget=1),
-    } | _peers(checkpoint, stories, everything)
+    }
+    for batch in sorted({batch for batch, _ in peers.values()}):
+        runs[f"calibrate, all layers, batch {batch}"] = lambda batch=batch: _ours(
+            checkpoint, stories, everything, batch
+        )
+    runs |= {name: run for name, (_, run) in peers.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     fidelity: dict[str, str] = {}
     for name, run in list(runs.items()):  # warm-up, fidelity, and who can run at all
@@ -65,28 +76,39 @@ def main() -> None:
             times[name].append(time.process_time() - start)
     tokens = sum(len(transcripts.encode_text(checkpoint.tokenizer, story.text).ids) for story in stories)
     print(f"{len(stories)} stories, {tokens} tokens, {arguments.pairs} rounds in turn, CPU seconds, medians")
-    ours = times["calibrate, the band"]
     for name, seconds in times.items():
-        ratios = sorted(theirs / mine for theirs, mine in zip(seconds, ours, strict=True))
         print(
             f"{name:42} {statistics.median(seconds):7.2f} s  {tokens / statistics.median(seconds):7.0f} tokens/s  "
-            f"times ours {statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  "
-            f"worst cosine {fidelity[name]}"
+            f"times the band {_ratio(seconds, times[BAND])}  worst cosine {fidelity[name]}"
         )
+        if name in equal:
+            print(f"{'':42} times ours at its batch size, all layers {_ratio(seconds, times[equal[name]])}")
 
 
-def _ours(checkpoint, stories: list, layers: list[int], budget: int | None = None) -> torch.Tensor:
-    """Mean states from token 50, [stories, layers, hidden], through the shards on disk."""
-    usual = dict(shards.TOKEN_BUDGET)
-    if budget is not None:
-        shards.TOKEN_BUDGET.update(dict.fromkeys(usual, budget))
+def _ratio(theirs: list[float], ours: list[float]) -> str:
+    """Median over the rounds of theirs by ours, with its bootstrap interval."""
+    ratios = np.array(theirs) / np.array(ours)
+    estimate, low, high = stats.bootstrap(lambda drawn: float(np.median(drawn)), ratios)
+    return f"{estimate:5.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _ours(checkpoint, stories: list, layers: list[int], batch: int | None = None) -> torch.Tensor:
+    """Mean states from token 50, [stories, layers, hidden], through the shards on disk.
+
+    `batch` texts at a time, longest first as always; by default as many as the budget of tokens takes.
+    """
     encoded = [transcripts.encode_text(checkpoint.tokenizer, story.text).ids for story in stories]
     items = [Item(ids, [[slice(START, len(ids))]]) for ids in encoded]
-    with tempfile.TemporaryDirectory() as folder:
+    usual = activations.token_budget_batches
+    batches = usual if batch is None else lambda lengths, _: _equal_batches(lengths, batch)
+    with mock.patch.object(activations, "token_budget_batches", batches), tempfile.TemporaryDirectory() as folder:
         group = shards.read(checkpoint, {"stories": items}, layers, Path(folder))["stories"]
-        means = torch.stack([means[0] for _, means, _ in group.stream()])
-    shards.TOKEN_BUDGET.update(usual)
-    return means
+        return torch.stack([means[0] for _, means, _ in group.stream()])
+
+
+def _equal_batches(lengths: list[int], size: int) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _one_by_one(checkpoint, stories: list, layers: list[int]) -> torch.Tensor:
@@ -118,8 +140,8 @@ def _worst(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float(torch.cosine_similarity(found[:, :keep], reference[:, :keep], dim=-1).min())
 
 
-def _peers(checkpoint, stories: list, layers: list[int]) -> dict[str, Callable[[], torch.Tensor | None]]:
-    """Each peer's own function at its own defaults."""
+def _peers(checkpoint, stories: list, layers: list[int]) -> dict[str, tuple[int, Callable[[], torch.Tensor | None]]]:
+    """(texts a batch, each peer's own function at its own defaults), by name."""
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     texts = [story.text for story in stories]
 
@@ -154,19 +176,17 @@ def _peers(checkpoint, stories: list, layers: list[int]) -> dict[str, Callable[[
         train_steering_vector(model, tokenizer, list(zip(texts[:half], texts[half : 2 * half], strict=True)))
 
     def repeng() -> None:
-        import numpy as np
-
         np.float_ = np.float64  # ty: ignore[missing-attribute]  # removed in NumPy 2; repeng 0.4.0 names it
         from repeng.extract import batched_get_hiddens  # ty: ignore[import-not-found]
 
         batched_get_hiddens(model, tokenizer, texts, layers[1:], 32)
 
     return {
-        "character-lens 0.2.0.dev0": character_lens,
-        "emotion-probes 0.1.0, batch 1 (default)": lambda: emotion_probes(1),
-        "emotion-probes 0.1.0, batch 8": lambda: emotion_probes(8),
-        "steering-vectors 0.12.2 (last token)": steering_vectors,
-        "repeng 0.4.0, batch 32 (last token)": repeng,
+        "character-lens 0.2.0.dev0": (1, character_lens),
+        "emotion-probes 0.1.0, batch 1 (default)": (1, lambda: emotion_probes(1)),
+        "emotion-probes 0.1.0, batch 8": (8, lambda: emotion_probes(8)),
+        "steering-vectors 0.12.2 (last token)": (1, steering_vectors),
+        "repeng 0.4.0, batch 32 (last token)": (32, repeng),
     }
 
 

@@ -3,7 +3,6 @@
 Every share has a 95 % bootstrap interval over concepts and stands beside chance and a bag-of-words reader.
 """
 
-import re
 from collections import Counter
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from calibrate import activations, corpora, extraction, geometry, layers, stats, transcripts
 from calibrate.concepts import load_concepts
 from calibrate.corpora import Ladder, Story
+from calibrate.corpora.check import words
 from calibrate.extraction import Read
 from calibrate.models import Checkpoint
 from calibrate.stats import Interval
@@ -131,11 +131,6 @@ def naive_bayes(train: list[Story], held_out: list[Story], concepts: list[str]) 
         ranks.append(int((score > score[concepts.index(story.concept)]).sum()))
         first.append(int(score.argmax()))
     return np.array(ranks), np.array(first)
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of a text."""
-    return re.findall(r"[a-z0-9']+", text.lower())
 
 
 def reliability(train: Read, recipe: str) -> Tensor | None:

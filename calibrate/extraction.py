@@ -245,6 +245,8 @@ class Read(NamedTuple):
 
     def only(self, layers: list[int]) -> "Read":
         """The same at some of the layers."""
+        if layers == self.group.layers:
+            return self  # an index would copy every neutral state
         kept = [self.group.layers.index(layer) for layer in layers]
         contrast = self.contrast and self.contrast.only(layers)
         return self._replace(group=self.group.only(layers), tokens=self.tokens[:, kept], contrast=contrast)

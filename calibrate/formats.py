@@ -30,7 +30,10 @@ def export_gguf(vectors: EmotionVectors, concept: str, path: Path, hint: str) ->
     row = vectors.index(concept)
     layers = [layer for layer in vectors.layers if layer > 0]
     if not layers:
-        raise ValueError("a GGUF control vector has no place for layer 0, the only one that these vectors hold")
+        raise ValueError(
+            "a GGUF control vector has no place for layer 0, the only one that these vectors hold; extract others "
+            "with `--layers`"
+        )
     norms = vectors.neutral("token").norm(dim=-1).median(0).values
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -12,22 +12,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import requests
-from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.util import Retry
 
 from calibrate.concepts import Concept, load_concepts
 from calibrate.corpora import FOLDER
 from calibrate.corpora.check import FORMS, sequences
-from calibrate.models import Checkpoint
 
 SEPARATOR = "###"
 ATTEMPTS = 4  # a cell is asked so many times as often as it would take if every story were kept
-RETRIES = 5  # of one HTTP request, with growing waits
 
 PROMPT = """Write {count} short stories, each of about 100 words (80 to 120), about this situation: {topic}.
 In every story one character feels {concept}: {sense}.
@@ -41,6 +37,8 @@ class Settings(NamedTuple):
     """What a corpus depends on; kept in its data card, and a resumed run must have the same."""
 
     writer: str  # model or server model
+    server: str | None = None  # its host; a port may change between runs
+    weights: str | None = None  # hash and dtype of a model in this process
     per_cell: int = 12  # stories per concept and topic (the study's figure)
     per_request: int = 4
     seed: int = 0
@@ -48,6 +46,7 @@ class Settings(NamedTuple):
     top_p: float = 0.95
     min_words: int = 80
     max_words: int = 120
+    max_tokens: int = 250  # of an answer, for each story that is asked for
 
 
 class Request(NamedTuple):
@@ -70,7 +69,7 @@ def write(
     """Fills OUT/stories.jsonl cell by cell, then writes OUT/README.md; returns counts of kept and refused stories.
 
     Args:
-        writer: request -> text of several stories.
+        writer: request -> text of several stories, such as those of `calibrate.writers`.
         concurrency: requests in flight; a server takes many, a model in this process takes one.
 
     Raises:
@@ -179,61 +178,6 @@ def load_topics(path: Path | None = None) -> list[str]:
     return topics
 
 
-def server_writer(url: str, settings: Settings, key: str | None = None, timeout: float = 300) -> Writer:
-    """A writer over an OpenAI-compatible server's `URL/chat/completions` (vLLM, llama.cpp, a commercial one).
-
-    Busy and failing answers (429, 5xx, a lost connection) are tried again, with waits; others raise ValueError.
-    """
-    session = requests.Session()
-    session.headers["Authorization"] = f"Bearer {key or 'none'}"
-    retry = Retry(RETRIES, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=["POST"])
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=64))
-
-    def ask(request: Request) -> str:
-        body = {
-            "model": settings.writer, "messages": [{"role": "user", "content": request.prompt}], "seed": request.seed,
-            "temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": 250 * len(request.plan),
-        }  # fmt: skip
-        try:
-            answer = session.post(f"{url.rstrip('/')}/chat/completions", json=body, timeout=timeout)
-        except requests.RequestException as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{url} does not answer ({reason}); start the server and run the same command again, it goes on"
-            ) from error
-        try:
-            return answer.json()["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"{url} gives no chat completion (status {answer.status_code}): {answer.text[:200]!r}"
-            ) from error
-
-    return ask
-
-
-def model_writer(checkpoint: Checkpoint, settings: Settings) -> Writer:
-    """A writer that samples from a loaded model, one request at a time."""
-    import torch
-
-    def ask(request: Request) -> str:
-        torch.manual_seed(request.seed)
-        inputs = checkpoint.tokenizer.apply_chat_template(
-            [{"role": "user", "content": request.prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(checkpoint.model.device)
-        with torch.no_grad():
-            output = checkpoint.model.generate(
-                **inputs, do_sample=True, temperature=settings.temperature, top_p=settings.top_p,
-                max_new_tokens=250 * len(request.plan), pad_token_id=checkpoint.tokenizer.eos_token_id,
-            )  # fmt: skip
-        return checkpoint.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    return ask
-
-
 def _request(settings: Settings, concept: str, topic: str, topics: list[str], attempt: int) -> Request:
     first = attempt * settings.per_request
     plan = [(("first", "third")[i % 2], FORMS[i % len(FORMS)]) for i in range(first, first + settings.per_request)]
@@ -295,7 +239,9 @@ tags: [emotion-vectors]
 
 {rows} stories of {len(plan["concepts"])} concepts on {len(plan["topics"])} topics, written by {plan["writer"]} with
 `calibrate corpus write`. Checked by program only: no story names its concept or a listed synonym, none shares eight
-words in a row with another. `person` and `form` are what was asked for. Splits are by topic. Refused in the last run:
+words in a row with another. `person` and `form` are what was asked for. Splits are by topic.
+
+The last run was by calibrate {version("calibrate")} with transformers {version("transformers")} and refused
 {dict(refused) or "none"}.
 
 ## Settings

@@ -34,15 +34,20 @@ def read_records(path: Path) -> Iterator[Record]:
     """Yields the records of a JSONL file, one line at a time.
 
     Raises:
-        ValueError: the file is missing, or a line is neither `{"id", "text"}` nor `{"id", "messages"}`; names both.
+        ValueError: the file is missing, or a line is not UTF-8, or neither `{"id", "text"}` nor `{"id", "messages"}`;
+            the message names file and line.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSONL file")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: not UTF-8 text ({error.reason} at byte {error.start} of the line); save it as UTF-8"
+                ) from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error.msg}); each line is one JSON object") from error
             if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
@@ -114,7 +119,7 @@ def read_file(
             return 0
     out.parent.mkdir(parents=True, exist_ok=True)
     meta_path.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    done = _whole_lines(part)
+    done = _whole_windows(part)
     scales = _scales(vectors, at)
     records = itertools.islice(read_records(source), done, None)
     with part.open("a", encoding="utf-8") as file, tqdm(total=count, initial=done, desc="reading", unit="text") as bar:
@@ -148,15 +153,16 @@ def _meta(checkpoint: Checkpoint, vectors: EmotionVectors, source: Path, layers:
     }
 
 
-def _whole_lines(part: Path) -> int:
-    """Cuts a half-written last line off and returns how many lines there are."""
+def _whole_windows(part: Path) -> int:
+    """Cuts off what a stop left of a window, so that batches stay those of an unbroken run; returns how many lines."""
     if not part.is_file():
         return 0
-    done = end = 0
+    done = end = position = 0
     with part.open("rb+") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                done, end = done + 1, end + len(line)
+        for number, line in enumerate(file, 1):
+            position += len(line)
+            if number % WINDOW == 0 and line.endswith(b"\n"):
+                done, end = number, position
         file.truncate(end)
     return done
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+LENS_SHOWN = 8  # concepts whose logit lens stands in the card; the shipped stories begin with the target and `calm`
 POOLINGS = ("token", "header", "reply", "text")
 SHIPPED = Path(__file__).parent / "default_vectors"  # of the default model, by split; `recipe` says how they were made
 
@@ -156,11 +157,21 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
             whole = Path(aside) / folder.name  # the temporary folder itself can be read by its owner only
             whole.mkdir()
-            (whole / "README.md").write_text(self.card(), encoding="utf-8")
-            self.to(dtype).save_pretrained(whole, config=self.config())
+            self.to(dtype).save_pretrained(whole)
             self.float()
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(whole, folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What the mixin calls, to push too: its own config is that of construction, before `set_band` and checks."""
+        super()._save_pretrained(save_directory)
+        config = json.dumps(self.config(), sort_keys=True, indent=2)
+        (save_directory / "config.json").write_text(config, encoding="utf-8")
+        self.generate_model_card().save(save_directory / "README.md")
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card as the mixin wants it; what it passes for its own template plays no part."""
+        return ModelCard(self.card())
 
     @classmethod
     def _from_pretrained(
@@ -186,14 +197,11 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         """The model card: what the vectors are, how they were made and what the checks found."""
         found = f"{self.band[0]} to {self.band[-1]}" if self.band else "none"
         recipe = [(key, json.dumps(value)) for key, value in self.recipe.items()]
-        checks = [
-            (key, json.dumps(value)) for key, value in (self.checks or {}).items() if not isinstance(value, dict)
-        ]
-        tables = "".join(
-            f"\n| {name} | value |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows) + "\n"
-            for name, rows in (("check", checks), ("setting", recipe))
-            if rows
-        )
+        checks = check_rows(self.checks or {}, self.concepts)
+        tables = ""
+        for name, rows in (("check", checks), ("setting", recipe)):
+            lines = [" | ".join(("", key, value.replace("|", "\\|"), "")).strip() for key, value in rows]
+            tables += "\n".join(["", f"| {name} | value |", "|---|---|", *lines, ""]) if rows else ""
         return (
             "---\nlibrary_name: calibrate\ntags: [emotion-vectors]\n---\n\n# Emotion vectors\n\n"
             f"Directions of {len(self.concepts)} emotion concepts in the residual stream of {self.model} (weights "
@@ -205,6 +213,29 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
             "evidence of experience, and not by themselves evidence about behaviour.\n\n"
             f"Concepts: {', '.join(self.concepts)}.\n{tables}"
         )
+
+
+def check_rows(checks: dict, concepts: list[str]) -> list[tuple[str, str]]:
+    """(name, value) of every check, for a table; of the concepts' own figures as many as one can read.
+
+    Split-half reliability of the lowest, the median and the highest concepts; each ladder; the logit lens of the first
+    `LENS_SHOWN` of `concepts`. `config.json` holds all of them.
+    """
+    rows = [(key, json.dumps(value)) for key, value in checks.items() if not isinstance(value, dict)]
+    ranked = sorted(checks.get("split-half reliability", {}).items(), key=lambda row: row[1])
+    middle = len(ranked) // 2
+    parts = {"lowest": ranked[:3], "median": ranked[middle : middle + 1], "highest": ranked[-3:]}
+    for name, part in parts.items():
+        if part:
+            rows.append((f"split-half reliability, {name}", ", ".join(f"{concept} {r:.2f}" for concept, r in part)))
+    ladders: dict[str, list[str]] = {}
+    for name, rho in checks.get("ladders", {}).items():  # `ID CONCEPT up`
+        ladder, _, expected = name.partition(" ")
+        ladders.setdefault(ladder, []).append(f"{expected} {rho:.2f}")
+    rows += [(f"{ladder}: expected, rank correlation", ", ".join(found)) for ladder, found in ladders.items()]
+    lens = checks.get("logit lens", {})
+    shown = [concept for concept in concepts if concept in lens][:LENS_SHOWN]
+    return rows + [(f"logit lens, {concept}", json.dumps(lens[concept], ensure_ascii=False)) for concept in shown]
 
 
 def load_vectors(folder: str) -> EmotionVectors:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from test_cli import calibrate
 from test_extraction import CONCEPTS, make_world
 
-from calibrate import checks, corpora, geometry
+from calibrate import checks, corpora, extraction, geometry
 from calibrate.corpora import Ladder, Story
 from calibrate.extraction import by_recipe
 from calibrate.vectors import POOLINGS, EmotionVectors, load_vectors
@@ -134,13 +135,17 @@ def test_the_map_is_drawn(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_checks_every_recipe_and_keeps_what_it_found(tiny_folder, tmp_path, capsys):
+def test_the_command_checks_every_recipe_and_keeps_what_it_found(tiny_folder, tmp_path, capsys, monkeypatch):
+    """Neutral states, the largest thing in memory, are put together once for all of them."""
+    states, calls = extraction.neutral_states, []
+    monkeypatch.setattr(extraction, "neutral_states", lambda group: calls.append(group) or states(group))
     concepts = ["desperate", "calm", "proud", "afraid"]
     out = tmp_path / "out"
     recipes = ["paper", "plain", "contrastive", "logistic", "random", "shuffled"]
     calibrate(
         "extract", tiny_folder, "--out", out, "--concepts", *concepts, "--recipes", *recipes, "--check", "--deflection"
     )
+    assert len(calls) == 1
     printed = capsys.readouterr().out
     folders = ["train", *(f"train-{recipe}" for recipe in recipes[1:])]
     assert {path.name for path in out.iterdir()} == {"states", "deflection", *folders}
@@ -152,6 +157,8 @@ def test_the_command_checks_every_recipe_and_keeps_what_it_found(tiny_folder, tm
         assert vectors.layer_choice.layers == vectors.used_band() or vectors.band
         assert len(vectors.layer_choice.accuracy) == 5
         assert set(vectors.checks["logit lens"]) == set(concepts)
+    for row in ("split-half reliability, lowest", "ladder/failing-tests: expected", "logit lens, proud"):
+        assert re.search(rf"^  {row}", printed, re.MULTILINE), row
     card = (out / "train" / "README.md").read_text()
     assert "| top 1 (share, 95 % interval) | [" in card
     hidden = load_vectors(str(out / "deflection"))

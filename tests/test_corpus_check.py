@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -5,8 +6,8 @@ from conftest import write_jsonl
 from test_cli import calibrate, error
 from test_generation import story
 
-from calibrate import corpora
-from calibrate.corpora.check import check, similarity
+from calibrate import checks, corpora
+from calibrate.corpora.check import MOST_BY_WORDS, SET_SIZE, by_words, check, similarity
 
 FORMS = ("scene", "letter", "dialogue", "post")
 
@@ -120,8 +121,7 @@ def test_a_deflection_dialogue_names_neither_emotion_and_felt_ones_are_balanced(
         ({"values": [1, 2, 3, 5, 4, 6]}, r"1: the values .* in rising order"),
         ({"expected": {"calm": "higher"}}, "1: expected is .*; give concepts with `up` or `down`"),
         ({"expected": {"cheery": "up"}}, r"1: concepts \['cheery'\] are not in concepts.yaml"),
-        ({"expected": ["calm"]}, "1: `values` is not a list of numbers, or `expected` no object of concepts"),
-        ({"values": ["few", "many"]}, "1: `values` is not a list of numbers, or `expected` no object of concepts"),
+        ({"values": ["few", "many"]}, r"1: the values \['few', 'many'\] are not all numbers"),
     ],
 )
 def test_every_fault_of_a_ladder_is_named(change, message, tmp_path):
@@ -134,12 +134,14 @@ def test_every_fault_of_a_neutral_dialogue_is_named(tmp_path):
         DIALOGUE, DIALOGUE | {"id": "b"}, DIALOGUE | {"id": "c", "messages": [answer, user]},
         DIALOGUE | {"id": "d", "messages": [user | {"content": "Where?"}, answer | {"content": "Glad to say: here."}]},
         DIALOGUE | {"id": "e", "messages": ["hello"]},
+        DIALOGUE | {"id": "f", "messages": [user | {"content": "Why?"}, answer | {"content": " "}]},
     ]  # fmt: skip
     assert found("neutral", rows, tmp_path) == [
         "2: opens like line 1",
         "3: the roles are ['assistant', 'user']; user and assistant take turns, the assistant ends",
         "4: 'Glad' is a pleasantry or a feeling",
         "5: `messages` is not a list of objects with texts `role` and `content`",
+        "6: a message is empty",
     ]
 
 
@@ -149,6 +151,46 @@ def test_similarity_by_hand():
     assert similarity(pairs)["nearest neighbour, median"] == 1
     assert similarity([*pairs, "green goat", "green goose", "grey goose"])["nearest neighbour, largest"] == 1
     assert similarity(["red kite", "blue kite", "blue boat", "grey boat"])["nearest neighbour, largest"] < 1
+
+
+def many(word: str = "") -> list[dict]:
+    """32 concepts on four topics; `word` stands in every story, `{}` in it for the number of the concept."""
+    return [
+        row | {"id": f"{n}/{row['id']}", "concept": f"c{n}", "text": f"{story(100 * n + i, 90)} {word.format(n)}"}
+        for n in range(32)
+        for i, row in enumerate(stories()[:4])
+    ]
+
+
+def test_words_that_give_a_concept_away_are_found(tmp_path):
+    """A word of each concept's own is found by name, one that all share is not; few concepts are not counted."""
+    for word, there in (("tell{0} " * 6, True), ("tell " * 6, False)):
+        path = write_jsonl(tmp_path / "mine.jsonl", many(word))
+        problems, counts = check("stories", path)
+        told = [str(problem) for problem in problems if "words alone" in problem.message]
+        assert (counts["named by words alone, largest"] > MOST_BY_WORDS) == there == bool(told)
+        assert told == [] or re.match(
+            rf"{path}: words alone name .* of 100.0% .* 25% are allowed.*those of c\d", told[0]
+        )
+    few = write_jsonl(tmp_path / "few.jsonl", [row for row in many("tell{0}") if row["concept"] != "c0"][:-8])
+    assert len({row["concept"] for row in map(json.loads, few.read_text().splitlines())}) == SET_SIZE - 1
+    problems, counts = check("stories", few)
+    assert "named by words alone, largest" not in counts
+    assert not any("words alone" in problem.message for problem in problems)
+
+
+def test_words_alone_read_as_naive_bayes_does():
+    """30 concepts make one set: the share is that of `checks.naive_bayes`, fitted to all topics but the one read."""
+    concepts = list(dict.fromkeys(row.concept for row in corpora.load_stories()))[:SET_SIZE]
+    told = [row for row in corpora.load_stories() if row.concept in concepts]
+    right = []
+    for topic in {row.topic for row in told}:
+        held, others = ([row for row in told if (row.topic == topic) == here] for here in (True, False))
+        ranks, _ = checks.naive_bayes(others, held, concepts)
+        right += (ranks == 0).tolist()
+    shares, _ = by_words([row._asdict() for row in told])
+    assert shares == pytest.approx(sum(right) / len(right))
+    assert 0.05 < shares[0] < 0.5
 
 
 def test_the_command_prints_every_problem_and_fails(tmp_path, capsys):
@@ -167,6 +209,7 @@ def test_the_shipped_corpora_hold_what_they_promise(capsys):
     calibrate("corpus", "check")
     printed = capsys.readouterr().out
     assert "concepts 171, topics 12" in printed
+    assert float(re.search(r"named by words alone, largest ([\d.]+)", printed)[1]) <= MOST_BY_WORDS
     assert len(corpora.load_neutral()) >= 200
     assert len(corpora.load_deflection()) >= 150
     assert len({row.felt for row in corpora.load_deflection()}) >= 15

@@ -64,6 +64,27 @@ def test_shipped_vectors_are_those_that_extraction_gives_today(default, tmp_path
     assert torch.cosine_similarity(again.directions, shipped.directions, dim=-1).min() > 0.999
 
 
+def test_shipped_training_vectors_are_those_of_a_sample_read_today(default, tmp_path):
+    """Six concepts of 171, read again: 36 stories in place of 1,026.
+
+    A new direction is a mean minus the mean over the six, a shipped one that minus the mean over all; that over all
+    cancels. So each new direction lies in the space of the six shipped ones, its own with a positive weight (5/6 of
+    its old length) and every other with a negative one (1/6): six of 576 dimensions.
+    """
+    shipped = load_vectors("default")
+    concepts = shipped.concepts[::34]  # the target, and five spread over the list
+    command = ["extract", "default", "--splits", "train", "--reference", "default", "--out", tmp_path]
+    calibrate(*command, "--concepts", *concepts)
+    again = load_vectors(str(tmp_path / "train"))
+    assert (again.concepts, again.layers, again.weight_hash) == (concepts, shipped.layers, default.weight_hash)
+    for layer in range(len(shipped.layers)):
+        old = shipped.directions[[shipped.index(concept) for concept in concepts], layer].T.double()
+        new = again.directions[:, layer].T.double()
+        weights = torch.linalg.lstsq(old, new).solution
+        assert (old @ weights).norm(dim=0).min() > 0.999
+        assert torch.equal(weights > 0, torch.eye(len(concepts)) > 0)
+
+
 def test_readings_and_an_audit_of_the_default_model_need_no_extraction(tmp_path):
     """40 audit stories of ten concepts, each concept's reading centred over them: the story's own is the highest.
 

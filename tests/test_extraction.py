@@ -182,6 +182,14 @@ def test_labels_are_shuffled_within_topics(tmp_path):
         assert sorted(name for name, s in zip(labels, stories, strict=True) if s.topic == topic) == CONCEPTS
 
 
+def test_some_layers_of_what_was_read(tmp_path):
+    """Directions at one of two layers are those of both, cut; at all layers nothing is copied."""
+    read = make_world(tmp_path).train
+    assert torch.equal(by_recipe("paper", read.only([1])), by_recipe("paper", read)[:, [1]])
+    assert read.only([1]).tokens.shape == (50, 1, WIDTH)
+    assert read.only([0, 1]).tokens is read.tokens
+
+
 def test_an_unknown_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match="recipe 'median' is not one of paper, plain, contrastive, logistic"):
         by_recipe("median", make_world(tmp_path).train)

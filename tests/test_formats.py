@@ -1,10 +1,12 @@
 import pytest
 import torch
+from conftest import write_jsonl
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from test_cli import calibrate, error
 
-from calibrate.vectors import load_vectors
+from calibrate import corpora
+from calibrate.vectors import POOLINGS, EmotionVectors, load_vectors
 
 
 @pytest.fixture
@@ -94,6 +96,12 @@ def test_sae_rows_as_directions(tiny_folder, tmp_path, capsys):
             "--directions {tmp}/narrow.safetensors --sae-rows a=1 --layers 2 --sae-tensor calm",
             r"must be \[features, 32\]",
         ),
+        ("--directions {tmp}/empty.safetensors", r"empty.safetensors: the file holds no tensors; give one \[layers"),
+        (
+            "--directions {tmp}/dead.safetensors --sae-rows a=1 b=2 --layers 2",
+            "row 2 of 'W_dec' is zero and has no direction; leave out 'b'",
+        ),
+        ("--directions {tmp}/good.safetensors --neutral {tmp}/quiet.jsonl", "1 neutral dialogues .* need at least 2"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(options, message, tiny_folder, tmp_path):
@@ -101,10 +109,14 @@ def test_files_that_do_not_fit_are_refused(options, message, tiny_folder, tmp_pa
     good[1] = 1
     for name, tensors in {
         "narrow": {"calm": torch.ones(6, 8)}, "zero": {"calm": torch.zeros(6, 32)}, "good": {"calm": good},
-        "sae": {"W_dec": torch.ones(4, 32)},
+        "sae": {"W_dec": torch.ones(4, 32)}, "empty": {},
+        "dead": {"W_dec": torch.tensor([1.0, 1, 0, 1])[:, None].repeat(1, 32)},
     }.items():  # fmt: skip
         save_file(tensors, tmp_path / f"{name}.safetensors")
     torch.save({"calm": good}, tmp_path / "pickle.pt")
+    dialogue = corpora.load_neutral()[0]._asdict()
+    quiet = [dialogue | {"split": split} for split in ("train", "audit")]
+    write_jsonl(tmp_path / "quiet.jsonl", quiet)
     line = error("extract", tiny_folder, *options.format(tmp=tmp_path).split(), "--out", tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         raise ValueError(line)
@@ -139,3 +151,21 @@ def test_exports_that_cannot_be_are_refused(options, message, vectors, tmp_path)
         raise ValueError(line)
     assert not (tmp_path / "out").exists()
     assert "exists; choose another" in error("export", vectors, "--format", "persona", "--out", vectors)
+
+
+def test_what_a_format_cannot_hold_is_refused(tmp_path):
+    """llama.cpp has no layer 0; float16 ends at 65,504."""
+    lowest = EmotionVectors(["calm"], [0], 8, 5, dict.fromkeys(POOLINGS, 2), "planted", "0", {})
+    lowest.save(tmp_path / "lowest")
+    line = error("export", tmp_path / "lowest", "--format", "gguf", "--out", tmp_path / "out")
+    assert "no place for layer 0, the only one that these vectors hold; extract others with `--layers`" in line
+    for size, refused in ((65_504.0, False), (70_000.0, True)):
+        lowest.neutral("token")[1, 0, 3] = size
+        lowest.save(tmp_path / "huge")
+        command = ["export", tmp_path / "huge", "--format", "folder", "--half", "--out", tmp_path / f"half {refused}"]
+        if refused:
+            message = "error: neutral_token holds values beyond float16 (massive activations); export without `--half`"
+            assert error(*command) == message
+        else:
+            calibrate(*command)
+        assert (tmp_path / f"half {refused}").exists() is not refused

@@ -1,12 +1,17 @@
 import json
 import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 
 import pytest
 from test_cli import calibrate, error
 
-from calibrate import corpora, generation
+from calibrate import corpora, generation, writers
 from calibrate.concepts import load_concepts
 from calibrate.corpora.check import check
 
@@ -91,9 +96,46 @@ def test_a_server_fills_every_cell_with_checked_stories(server, tmp_path, monkey
     card = (out / "README.md").read_text()
     assert "27 stories of 3 concepts on 3 topics, written by some-model" in card
     assert "| temperature | 1.0 |" in card
-    assert "{'leak': 9, 'length': 9}" in card
+    assert f"by calibrate {version('calibrate')} with transformers {version('transformers')} and refused\n" in card
+    assert "\n{'leak': 9, 'length': 9}.\n" in card
+    for row in ('| server | "127.0.0.1" |', "| max_tokens | 250 |", "| weights | null |"):
+        assert f"\n{row}\n" in card
+    assert server.url.split("/")[2] not in card  # the port may change between runs
+    assert {request["max_tokens"] for request in server.requests} == {4 * 250}
     problems, _ = check("stories", out / "stories.jsonl")
     assert not any("shares" in str(problem) or "names" in str(problem) for problem in problems)
+
+
+def test_a_process_that_is_killed_outright_loses_and_repeats_nothing(server, tmp_path):
+    """SIGKILL while the eighth request waits for its answer: no handler runs, nothing is flushed on the way out."""
+    calibrate(*command(server, tmp_path / "whole"))
+    answer, asked, release = server.answer, len(server.requests), threading.Event()
+
+    def wait_at_the_eighth(body: dict) -> str:
+        if len(server.requests) == asked + 8:
+            release.wait(60)
+        return answer(body)
+
+    server.answer = wait_at_the_eighth
+    arguments = [str(argument) for argument in command(server, tmp_path / "killed")]
+    process = subprocess.Popen([sys.executable, "-m", "calibrate.cli", *arguments], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while len(server.requests) < asked + 8 and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        assert len(server.requests) == asked + 8
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        release.set()
+    kept = rows(tmp_path / "killed")
+    assert 0 < len(kept) < 27
+    assert not (tmp_path / "killed" / "README.md").exists()
+    server.answer = answer
+    calibrate(*command(server, tmp_path / "killed"))
+    found = rows(tmp_path / "killed")
+    assert found[: len(kept)] == kept
+    assert found == rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("stop", [1, 4, 11])
@@ -179,11 +221,42 @@ def test_options_that_do_not_fit_are_refused(options, message, tmp_path):
 def test_the_users_own_model_writes(tiny, tmp_path):
     """A random model writes nothing usable, and the run says so; the same seed asks for the same text."""
     settings = generation.Settings(tiny.name, per_cell=1, per_request=1, temperature=1.0)
-    writer = generation.model_writer(tiny, settings)
+    writer = writers.model_writer(tiny, settings)
     request = generation._request(settings, "calm", "a pier", ["a pier"], 0)
     text = writer(request._replace(plan=request.plan[:1]))
     assert text == writer(request)
     assert text != writer(request._replace(seed=1))
+
+
+def test_the_card_names_the_weights_of_an_own_model(tiny, tmp_path, monkeypatch):
+    """Written by a real run; the writer gives stories in place of a random model's babble."""
+    monkeypatch.setattr(writers, "model_writer", lambda *_: lambda request: f"###\n{story(request.seed)}")
+    out = tmp_path / "out"
+    options = ["--concepts", "calm", "--max-topics", 1, "--per-cell", 1, "--out", out]
+    calibrate("corpus", "write", "--model", tiny.name, *options)
+    card = (out / "README.md").read_text()
+    assert f'| weights | "{tiny.weight_hash}, torch.float32" |' in card
+    assert "| server | null |" in card
+    assert writers.weights(tiny._replace(adapter_hash="abc")) == f"{tiny.weight_hash}, adapter abc, torch.float32"
+    monkeypatch.setattr(writers, "weights", lambda _: "other")
+    assert "other settings (differing: weights)" in error("corpus", "write", "--model", tiny.name, *options)
+
+
+def test_a_server_is_named_by_its_host_alone():
+    assert writers.host("http://user:secret@Example.org:8000/v1?key=1") == "example.org"
+    assert "server 'localhost:8000' has no host" in error(
+        "corpus", "write", "--server", "localhost:8000", "--server-model", "m", "--out", "nowhere"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a pier\na quay\n\na pier\n", "3 topics, 2 of them different; give each once"), ("\n", "0 topics, 0 of them")],
+)
+def test_topics_that_are_given_twice_or_not_at_all_are_refused(text, message, tmp_path):
+    (tmp_path / "topics.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"topics.txt: {message}"):
+        generation.load_topics(tmp_path / "topics.txt")
 
 
 def test_topics_are_split_by_their_name():

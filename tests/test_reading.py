@@ -1,8 +1,9 @@
 import json
+import re
 
 import pytest
 import torch
-from conftest import CONCEPTS, write_jsonl
+from conftest import CHAT_TEMPLATE, CONCEPTS, write_jsonl
 from test_cli import calibrate, error
 
 from calibrate import activations, reading, transcripts
@@ -85,13 +86,16 @@ def test_meta_says_what_the_figures_are(tiny, tiny_vectors, source, tmp_path):
 
 
 def test_a_stopped_run_goes_on_where_it_was(tiny_vectors, source, tmp_path, monkeypatch):
-    """Stopped after the first window of two, with a half-written line; the second call reads the other three."""
+    """Stopped after the first window of two, with a line and a half of the next, which is read again as a whole.
+
+    So the texts of every batch, and with them the last digits, are those of an unbroken run.
+    """
     monkeypatch.setattr(reading, "WINDOW", 2)
     whole = read(tiny_vectors, source, tmp_path / "whole.jsonl")
     compute, windows = reading._readings, []
 
     def stop_at_the_second(*given):
-        windows.append(len(given[3]))
+        windows.append([record.id for record in given[3]])
         if len(windows) == 2:
             raise KeyboardInterrupt
         return compute(*given)
@@ -102,9 +106,11 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_vectors, source, tmp_path, monk
         read(tiny_vectors, source, out)
     assert not out.exists()
     with part.open("a") as file:
-        file.write('{"id": "answ')
+        file.write('{"id": "answered"}\n{"id": 4')
     assert read(tiny_vectors, source, out) == whole
-    assert windows == [2, 2, 2, 1]
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    first, *others = ["story", "open"], ["answered", 4], ["longer"]
+    assert windows == [first, others[0], *others]
     assert not part.exists()
 
 
@@ -139,6 +145,23 @@ def test_a_bad_record_is_refused_with_its_place(record, message, tiny_vectors, t
     source = write_jsonl(tmp_path / "texts.jsonl", [RECORDS[0], record])
     with pytest.raises(ValueError, match=message):
         raise ValueError(error("read", tiny_vectors, source, "--out", tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(tiny_vectors, tmp_path):
+    source = tmp_path / "texts.jsonl"
+    source.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" + '{"id": "é"}\n'.encode("latin-1"))
+    line = error("read", tiny_vectors, source, "--out", tmp_path / "out.jsonl")
+    assert re.match(rf"error: {source}:2: not UTF-8 text \(.* at byte 8 of the line\); save it as UTF-8$", line)
+
+
+def test_a_record_that_the_template_refuses_is_named(tiny_vectors, source, tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    line = error("read", tiny_vectors, source, "--out", tmp_path / "out.jsonl", "--chat-template", template)
+    assert line.startswith("error: record 'open': the chat template refuses the roles system, user (no system); give")
     assert not (tmp_path / "out.jsonl").exists()
 
 

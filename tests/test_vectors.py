@@ -1,13 +1,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hub_mixin
 from safetensors.torch import load_file, save_file
 
-from calibrate.vectors import POOLINGS, EmotionVectors, load_vectors
+from calibrate.vectors import POOLINGS, EmotionVectors, check_rows, load_vectors
 
 
 def make(layers=(1, 2), depth=4, band=None) -> EmotionVectors:
@@ -52,6 +53,66 @@ def test_the_folder_opens_without_this_project(planted, tmp_path):
         '| split | "train" |',
     ):
         assert fact in card.text
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "both"])
+def test_the_mixins_own_ways_to_save_carry_what_came_after_construction(planted, way, tmp_path, monkeypatch):
+    """Band, reason and checks of now in the config and the card, also over a folder with older ones."""
+    folder = tmp_path / "someone" / "vectors"
+
+    class Hub:
+        def __init__(self, token=None): ...
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    planted.save_pretrained(folder)
+    planted.set_band([2], "found later", {"contrast": [0.1, 0.2]})
+    planted.checks, planted.recipe = {"top 1, chance": 0.5}, {"split": "train"}
+    if way == "save_pretrained":
+        planted.save_pretrained(folder)
+    elif way == "push_to_hub":
+        planted.push_to_hub("someone/vectors")
+    else:
+        planted.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="someone/vectors")
+    loaded = EmotionVectors.from_pretrained(folder)
+    assert loaded.config() == planted.config()
+    assert (loaded.band, loaded.checks) == ([2], {"top 1, chance": 0.5})
+    assert torch.equal(loaded.directions, planted.directions)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Band for training: 2 to 2. found later" in card
+    assert "| top 1, chance | 0.5 |" in card
+    assert planted.generate_model_card().text == ModelCard.load(folder / "README.md").text
+
+
+def test_the_card_shows_the_concepts_own_checks_in_short():
+    """Of five concepts three lowest, the middle one and three highest; ladders by name; `|` must not end a cell."""
+    vectors = make()
+    vectors.checks = {
+        "top 1, chance": 0.5,
+        "split-half reliability": {"a": 0.3, "b": -0.1, "c": 0.9, "d": 0.5, "e": 0.4},
+        "ladders": {"dose calm down": -1.0, "dose at ease up": 0.25, "age sad up": 0.5},
+        "logit lens": {"calm": [" lake", "|"], "desperate": ["\n", "run"], "other": ["x"]},
+    }
+    for row in (
+        "| top 1, chance | 0.5 |",
+        "| split-half reliability, lowest | b -0.10, a 0.30, e 0.40 |",
+        "| split-half reliability, median | e 0.40 |",
+        "| split-half reliability, highest | e 0.40, d 0.50, c 0.90 |",
+        "| dose: expected, rank correlation | calm down -1.00, at ease up 0.25 |",
+        "| age: expected, rank correlation | sad up 0.50 |",
+        '| logit lens, desperate | ["\\n", "run"] |',
+        '| logit lens, calm | [" lake", "\\|"] |',
+    ):
+        assert f"\n{row}\n" in vectors.card()
+    assert [row for row, _ in check_rows(vectors.checks, vectors.concepts) if "lens" in row] == [
+        "logit lens, desperate", "logit lens, calm",
+    ]  # fmt: skip
+    assert check_rows({"split-half reliability": {}, "ladders": {}, "logit lens": {}}, ["calm"]) == []
 
 
 def test_readings_by_hand():

@@ -25,7 +25,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def write(arguments: argparse.Namespace) -> None:
     """Writes stories with a model or a server."""
-    from calibrate import generation, models
+    from calibrate import generation, models, writers
     from calibrate.concepts import load_concepts
 
     if bool(arguments.server) == bool(arguments.model):
@@ -42,13 +42,13 @@ def write(arguments: argparse.Namespace) -> None:
     if unknown := [concept for concept in concepts if concept not in known]:
         raise ValueError(f"concepts {', '.join(unknown)} are not in concepts.yaml; add them there with their synonyms")
     topics = generation.load_topics(arguments.topics)[: arguments.max_topics]
-    settings = generation.Settings(
-        arguments.server_model or arguments.model, arguments.per_cell, arguments.per_request, arguments.seed,
-        arguments.temperature, arguments.top_p,
-    )  # fmt: skip
+    shared = {name: getattr(arguments, name) for name in ("per_cell", "per_request", "seed", "temperature", "top_p")}
     if arguments.server:
-        writer = generation.server_writer(arguments.server, settings, os.environ.get("OPENAI_API_KEY"))
+        settings = generation.Settings(arguments.server_model, server=writers.host(arguments.server), **shared)
+        writer = writers.server_writer(arguments.server, settings, os.environ.get("OPENAI_API_KEY"))
     else:
-        writer = generation.model_writer(models.load(arguments.model), settings)
+        checkpoint = models.load(arguments.model)
+        settings = generation.Settings(arguments.model, weights=writers.weights(checkpoint), **shared)
+        writer = writers.model_writer(checkpoint, settings)
     tally = generation.write(writer, settings, concepts, topics, arguments.out, arguments.concurrency)
     print(f"{arguments.out}: {tally.pop('kept')} stories; refused in this run: {dict(tally) or 'none'}")

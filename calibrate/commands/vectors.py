@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.commands import check_splits, digest, identity, is_done, load
+from calibrate.commands.adopt import adopt
 
 
 def extract(arguments: argparse.Namespace) -> None:
@@ -39,22 +40,24 @@ def extract(arguments: argparse.Namespace) -> None:
     if reference is not None:
         layers = sorted(arguments.layers or reference.layers)
     outputs = _outputs(arguments)
-    common = _settings(arguments, checkpoint, reference, digest(list(texts.values())))
+    common = _settings(arguments, checkpoint, reference, corpora_digest(texts))
     settings = {name: common | {"split": split, "recipe": recipe} for name, (split, recipe) in outputs.items()}
+    if "deflection" in settings:
+        settings["deflection"]["deflection"] = digest([(row.felt, row.text, row.spans) for row in texts["deflection"]])
     wanted = {name: outputs[name] for name in outputs if not is_done(arguments.out / name, settings[name])}
     if not wanted:
         return print(f"{arguments.out} already holds these vectors; nothing to do")
     items = _items(checkpoint.tokenizer, texts, wanted, arguments.check, reference is None)
     groups = shards.read(checkpoint, items, layers, arguments.out / "states")
     if PartialState().is_main_process:  # the other processes have only read
-        own = extraction.neutral_states(groups["neutral"])
+        own = extraction.neutral_states(groups["neutral"])  # at every layer only where layers are chosen
         concepts = list(dict.fromkeys(story.concept for story in texts["stories"]))
         reads = {}
         for split in (split for split in ("train", "selection", "audit") if f"stories-{split}" in groups):
             rows = [story for story in texts["stories"] if story.split == split]
             contrast = groups.get("contrast")
             reads[split] = extraction.Read(rows, groups[f"stories-{split}"], own["token"], concepts, contrast)
-        _write(arguments, checkpoint, texts, groups, reads, reference, wanted, settings)
+        _write(arguments, checkpoint, texts, groups, own, reads, reference, wanted, settings)
 
 
 def _texts(arguments: argparse.Namespace) -> dict[str, list]:
@@ -88,6 +91,13 @@ def _texts(arguments: argparse.Namespace) -> dict[str, list]:
     if in_train and (only := sorted({story.concept for story in stories} - in_train)):
         raise ValueError(f"the stories about {', '.join(only)} have none of split 'train'; every concept needs some")
     return {"stories": stories, "neutral": dialogues, "deflection": hidden, "twins": twins}
+
+
+def corpora_digest(texts: dict[str, list]) -> str:
+    """Of what directions, layers and band are computed from; ids, replies and the traits of tasks may change."""
+    stories = [(story.concept, story.topic, story.split, story.text) for story in texts["stories"]]
+    dialogues = [row.messages for row in texts["neutral"]]
+    return digest([stories, dialogues, [context.messages for twin in texts["twins"] for context in twin]])
 
 
 def _outputs(arguments: argparse.Namespace) -> dict[str, tuple[str, str]]:
@@ -141,23 +151,21 @@ def _items(tokenizer, texts: dict[str, list], wanted: dict, check: bool, choose:
     return items
 
 
-def _write(arguments, checkpoint, texts, groups, reads, reference, wanted, settings) -> None:
-    """Chooses the layers, then makes, checks and saves every wanted folder."""
+def _write(arguments, checkpoint, texts, groups, own, reads, reference, wanted, settings) -> None:
+    """Chooses the layers, then makes, checks and saves every wanted folder; `own` holds the model's neutral states."""
     import torch
 
     from calibrate import checks, extraction
     from calibrate.layers import choose_band
 
     everywhere = groups["neutral"].layers
-    own = extraction.neutral_states(groups["neutral"])
     if reference is None:
         stored = sorted(arguments.layers or extraction.candidate_layers(len(everywhere)))
         choice = _layer_choice(reads, stored)
+        kept = [everywhere.index(layer) for layer in stored]
+        neutral = {pooling: rows[:, kept] for pooling, rows in own.items()}
     else:
         stored, choice = everywhere, reference.layer_choice
-    kept = [everywhere.index(layer) for layer in stored]
-    neutral = {pooling: rows[:, kept] for pooling, rows in own.items()}
-    if reference is not None:
         neutral = {pooling: reference.neutral_at(pooling, stored) for pooling in own}
     slim = {split: read.only(stored) for split, read in reads.items()}
 
@@ -184,7 +192,7 @@ def _write(arguments, checkpoint, texts, groups, reads, reference, wanted, setti
         vectors.set_band(source.band, source.band_reason, _at(source, stored))
         if arguments.check and split == "train" and recipe != "deflection":
             vectors.checks = checks.run(checkpoint, vectors, slim["train"], slim["audit"], recipe)
-            print(_table(name, vectors.checks))
+            print(_table(name, vectors.checks, vectors.concepts))
         vectors.save(arguments.out / name)
         print(f"{arguments.out / name}: {len(vectors.concepts)} concepts, layers {stored[0]} to {stored[-1]}")
     print(f"Layers for reading: {choice.reason if choice else 'those of the reference'}")
@@ -209,70 +217,10 @@ def _layer_choice(reads: dict, stored: list[int]):
     return layers.choose_layers((ranks == 0).double().mean(0), len(truth), 1 / len(train.concepts), stored)
 
 
-def _table(name: str, found: dict[str, Any]) -> str:
-    rows = [f"  {key:55} {value}" for key, value in found.items() if not isinstance(value, dict)]
-    return "\n".join([f"Checks of {name}:", *rows])
+def _table(name: str, found: dict[str, Any], concepts: list[str]) -> str:
+    from calibrate.vectors import check_rows
 
-
-def adopt(arguments: argparse.Namespace) -> None:
-    """Directions of another tool, from a safetensors file, with the unit of this model's neutral text."""
-    from accelerate import PartialState
-
-    from calibrate import corpora, extraction, formats, models, shards
-
-    ignored = ("stories", "concepts", "deflection", "reference", "check")
-    if given := [name for name in ignored if getattr(arguments, name)]:
-        raise ValueError(f"`--directions` reads no stories; leave out {', '.join(f'`--{name}`' for name in given)}")
-    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
-    if len(dialogues) < 2:
-        raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "train"`; mu and sigma need at least 2')
-    checkpoint = load(arguments)
-    config = models.text_config(checkpoint.model)
-    if arguments.sae_rows:
-        if arguments.layers is None or len(arguments.layers) != 1:
-            raise ValueError("`--sae-rows` needs `--layers` with the one layer of the SAE")
-        rows = dict(_row(pair) for pair in arguments.sae_rows)
-        layers = arguments.layers
-        models.check_layers(layers, config.num_hidden_layers)
-        names, found = formats.load_sae_rows(arguments.directions, arguments.sae_tensor, rows, config.hidden_size)
-    else:
-        depth, hidden = config.num_hidden_layers, config.hidden_size
-        names, layers, found = formats.load_directions(arguments.directions, depth, hidden)
-        if missing := [layer for layer in arguments.layers or [] if layer not in layers]:
-            raise ValueError(f"{arguments.directions} holds no directions at layers {missing}; it has {layers}")
-        if arguments.layers:
-            found = found[:, [layers.index(layer) for layer in sorted(arguments.layers)]]
-            layers = sorted(arguments.layers)
-    settings = identity(checkpoint) | {
-        "recipe": "adopted", "file": arguments.directions.name, "sha256": file_digest(arguments.directions),
-        "layers": layers, "sae_rows": arguments.sae_rows, "corpora": digest(dialogues),
-    }  # fmt: skip
-    if is_done(arguments.out, settings):
-        return print(f"{arguments.out} already holds these vectors; nothing to do")
-    items = {"neutral": extraction.neutral_items(checkpoint.tokenizer, dialogues)}
-    group = shards.read(checkpoint, items, layers, arguments.out.with_name(f"{arguments.out.name}-states"))["neutral"]
-    if not PartialState().is_main_process:
-        return None
-    neutral = extraction.neutral_states(group)
-    extraction.make_vectors(checkpoint, names, found, neutral, layers, settings).save(arguments.out)
-    print(f"{arguments.out}: {len(names)} concepts, layers {layers[0]} to {layers[-1]}")
-
-
-def _row(pair: str) -> tuple[str, int]:
-    name, _, row = pair.rpartition("=")
-    if not name or not row.isdecimal():
-        raise ValueError(f"`--sae-rows` {pair!r} is not NAME=ROW, such as desperate=123")
-    return name, int(row)
-
-
-def file_digest(path: Path) -> str | None:
-    """The SHA-256 of a file, None where there is none."""
-    import hashlib
-
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "\n".join([f"Checks of {name}:", *(f"  {key:55} {value}" for key, value in check_rows(found, concepts))])
 
 
 def read(arguments: argparse.Namespace) -> None:

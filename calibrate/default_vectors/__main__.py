@@ -1,6 +1,7 @@
 """Puts extracted vectors of the default model into this package: `python -m calibrate.default_vectors FOLDER`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from calibrate import formats, geometry
@@ -14,18 +15,33 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder that `calibrate extract default --splits train audit` wrote")
     parser.add_argument("--map", type=Path, default=Path("docs/concept_map.png"), help="picture to draw")
     arguments = parser.parse_args()
+    try:
+        replace(arguments.source, arguments.map)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def replace(source: Path, picture: Path) -> None:
+    """Ships the vectors of `source` at the layers that are read or pressed, and draws the map.
+
+    Raises:
+        ValueError: `source` lacks vectors, or they are too large for the package.
+    """
     for split in ("train", "audit"):
-        vectors = load_vectors(str(arguments.source / split))
+        vectors = load_vectors(str(source / split))
         layers = sorted({*vectors.used_band(), *vectors.reading_layers()})
         formats.export_folder(vectors, layers, SHIPPED / split, half=True)
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
     if size > LIMIT:
-        raise SystemExit(f"error: {size:,} bytes in {SHIPPED}; the package takes {LIMIT:,}")
+        raise ValueError(
+            f"{size:,} bytes in {SHIPPED}; the package takes {LIMIT:,}: take the old ones from git, and extract with "
+            "a narrower band or fewer layers for reading"
+        )
     train = load_vectors("default")
     at = train.positions(train.reading_layers())
     found = geometry.axes(train.directions[:, at].mean(1), train.concepts)
     title = f"171 emotion directions of SmolLM2-135M-Instruct, layers {', '.join(map(str, train.reading_layers()))}"
-    geometry.plot_map(found, train.concepts, arguments.map, title)
+    geometry.plot_map(found, train.concepts, picture, title)
 
 
 if __name__ == "__main__":
