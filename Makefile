@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint vectors benchmark
+.PHONY: demo test test-slow test-distributed lint vectors benchmark
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
 
@@ -12,6 +12,10 @@ test: .venv/installed
 # On the real default model; fails where it cannot be had.
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+# Two CPU processes under DDP, FSDP2, ZeRO-2 and ZeRO-3; the first call compiles one of DeepSpeed's operations.
+test-distributed: .venv/installed
+	$(BIN)/pytest -m distributed tests/distributed
 
 lint: .venv/installed
 	$(BIN)/ruff check .

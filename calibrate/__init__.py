@@ -12,6 +12,7 @@ _HOMES = {
     "load_concepts": "concepts",
     "CalibratedDPOConfig": "training.configs",
     "CalibratedDPOTrainer": "training.trainers",
+    "ReadingMonitor": "training.monitor",
 }
 __all__ = ["__version__", *_HOMES]
 

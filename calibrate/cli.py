@@ -98,6 +98,14 @@ def _add_read_and_export(verbs, loading: argparse.ArgumentParser, talk: argparse
     export.add_argument("--half", action="store_true", help="float16 in the folder")
 
 
+def _dose(text: str) -> tuple[str, float]:
+    concept, _, dose = text.rpartition("=")
+    try:
+        return concept, float(dose)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CONCEPT=DOSE, such as calm=0.05") from error
+
+
 def _add_audit(verbs, reading: argparse.ArgumentParser, talk: argparse.ArgumentParser) -> None:
     two = verbs.add_parser("audit", parents=[reading], help="the emotional profile of a checkpoint")
     two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
@@ -107,6 +115,10 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, talk: argparse.ArgumentP
     two.add_argument("--own-vectors", help="vectors extracted from this checkpoint on the audit topics")
     two.add_argument("--pairs", type=Path, help="JSONL of preference pairs (default: the shipped ones)")
     two.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
+    two.add_argument(
+        "--steer", nargs="+", type=_dose, default=[], metavar="CONCEPT=DOSE",
+        help="steer while reading: share of the residual norm that is added at the band, such as calm=0.05",
+    )  # fmt: skip
     two.add_argument("--max-pairs-per-task", type=int, help="read the first so many pairs of a task (default: all)")
     three = verbs.add_parser("compare", parents=[talk], help="two audits -> report.html and report.json")
     three.add_argument("before", type=Path)

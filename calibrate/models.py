@@ -232,6 +232,19 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)  # still there after an error only
 
 
+@contextlib.contextmanager
+def as_reference(model: Any) -> Generator[None]:
+    """Inside, the model is the reference: in evaluation mode, without gradients, with any adapter disabled."""
+    training = model.training
+    model.eval()
+    adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    try:
+        with torch.no_grad(), adapter:
+            yield
+    finally:
+        model.train(training)
+
+
 def decoder(model: Any) -> Any:
     """The body without the vocabulary projection, below any PEFT wrapper."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -153,7 +153,7 @@ ERRORS = [
     ("audit {tiny} --own-vectors {narrow}", "other concepts or layers"),
     ("audit {tiny} --own-vectors {tuned}", "come from weights .* with adapter .*, .* with None; extract"),
     ("audit {tiny} --target furious", "no concept 'furious'; they have"),
-    ("audit {tiny} --max-tasks 1", "1 contexts of the audit split; an audit needs at least 2"),
+    ("audit {tiny} --max-tasks 1", "1 tasks of the audit split; an audit needs at least 2"),
     ("audit {tiny} --pairs {tmp}/lone.jsonl", "1 tasks with pairs of the audit split"),
     ("compare {tmp}/nowhere {before}", "nowhere': no audit.json"),
     ("compare {before} {before} --control {tmp}", "no audit.json"),
@@ -219,6 +219,16 @@ def test_another_configuration_never_overwrites(run, texts, tiny_folder, tmp_pat
     (tmp_path / "mine").mkdir()
     vectors = ["--vectors", run / "vectors/train", "--own-vectors", run / "vectors/audit", "--out", tmp_path / "mine"]
     assert "holds no result of this command" in error("audit", tiny_folder, *vectors, *texts["audit"])
+
+
+def test_an_audit_of_another_model_needs_vectors_of_its_own(run, texts, tiny_folder, tmp_path):
+    train = run / "vectors/train"
+    line = error("audit", tiny_folder, "--vectors", train, *texts["audit"], "--out", tmp_path / "out")
+    assert line == (
+        f"error: `--own-vectors` is missing; make them with `calibrate extract {tiny_folder} --splits audit "
+        f"--reference {train} --out FOLDER`"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def interrupt(*arguments, **options):

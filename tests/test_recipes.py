@@ -39,7 +39,7 @@ def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, t
     name = next(iter(adapter))
     assert torch.equal(loaded.get_parameter(name.replace(".weight", ".default.weight")), adapter[name])
     log = json.loads((output / "calibration" / "finished.json").read_text())
-    assert [row["step"] for row in log if "calibration/hinge" in row] == [1, 2]
+    assert [row["step"] for row in log if "calibration/penalty" in row] == [1, 2]
 
     # Without the launcher it is the same run.
     written = (output / "adapter_model.safetensors").stat().st_mtime_ns
@@ -48,10 +48,10 @@ def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, t
     assert f"{output} already holds this run, finished; nothing to do" in again.stdout
     assert (output / "adapter_model.safetensors").stat().st_mtime_ns == written
 
-    wrong = run(RECIPE, *arguments(tiny_folder, tiny_vectors, tmp_path / "other", {"hinge_share": -1}))
+    wrong = run(RECIPE, *arguments(tiny_folder, tiny_vectors, tmp_path / "other", {"penalty_share": -1}))
     assert wrong.returncode != 0
     errors = [line for line in wrong.stderr.splitlines() if "error" in line.lower()]
-    assert errors == ["error: `hinge_share` is -1.0; allowed: 0 or more"]
+    assert errors == ["error: `penalty_share` is -1.0; allowed: 0 or more"]
     assert "Traceback" not in wrong.stderr
     assert not (tmp_path / "other").exists()
 

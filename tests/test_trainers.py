@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from calibrate import activations, corpora, models
-from calibrate.training import ceilings, runs
+from calibrate.training import readings, runs
 from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.training.objective import Data
 from calibrate.training.trainers import CalibratedDPOTrainer
 from calibrate.vectors import load_vectors
 
@@ -28,11 +29,11 @@ TWINS = [
     for twin in corpora.load_twins()
     if twin[0].split == "train"
 ][:4]
-TASKS = {failing.task for failing, _ in TWINS}
+PLACES = {(failing.task, failing.context) for failing, _ in TWINS}
 PAIRS = [
     {"prompt": short(pair.prompt[-1]["content"]), "chosen": pair.chosen, "rejected": pair.rejected}
     for pair in corpora.load_pairs()
-    if pair.task in TASKS
+    if (pair.task, pair.context) in PLACES and pair.kind == "honest"
 ]
 TEXTS = {
     "dialogues": [
@@ -41,7 +42,9 @@ TEXTS = {
     ],
     "stories": [story._replace(text=story.text[:150]) for story in corpora.load_stories()[:48]],
 }
-NO_ANCHORS = {"anchor_weight": 0.0, "side_weight": 0.0, "kl_weight": 0.0, "concept_weight": 0.0}
+NO_TEXTS = {"kl_weight": 0.0, "concept_weight": 0.0, "concept_kl_weight": 0.0}
+NO_ANCHORS = {"anchor_weight": 0.0, "side_weight": 0.0, "norm_weight": 0.0} | NO_TEXTS
+TERMS = ("penalty", "anchor", "side", "norm", "kl", "concept", "concept_kl")
 TRL = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_length": 256, "learning_rate": 1e-3,
     "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
@@ -72,7 +75,7 @@ def make(tiny_folder, tiny_vectors, tmp_path):
         args = CalibratedDPOConfig(**{"vectors": str(tiny_vectors)} | options)
         runs.keep_below_band(shared["peft_config"], args)
         weight_hash = weight_hash or checkpoint.weight_hash
-        return kind(args=args, twins=twins, weight_hash=weight_hash, **TEXTS | {"stories": stories}, **shared)
+        return kind(args=args, data=Data(twins, TEXTS["dialogues"], stories), weight_hash=weight_hash, **shared)
 
     return make
 
@@ -96,7 +99,7 @@ def test_without_weights_it_is_plain_trl_bit_for_bit(make):
     plain = make(kind=DPOTrainer)
     expected = [row["loss"] for row in train(plain)]
     assert len(expected) == 3
-    for options in ({"arm": "none"}, {"hinge_share": 0.0} | NO_ANCHORS):
+    for options in ({"arm": "none"}, {"penalty_share": 0.0} | NO_ANCHORS):
         same = make(**options)
         assert [row["loss"] for row in train(same)] == expected
         assert_same_weights(plain, same)
@@ -111,23 +114,28 @@ def test_the_logged_loss_is_the_task_plus_every_weighted_term(make, monkeypatch)
         return tasks[-1]
 
     monkeypatch.setattr(DPOTrainer, "compute_loss", compute_loss)
-    given = {"anchor_weight": 2.0, "side_weight": 0.5, "kl_weight": 3.0, "concept_weight": 0.7}
-    logged = train(make(hinge_weight=0.4, hinge_warmup_steps=2, text_anchor_every=2, learning_rate=1e-2, **given))
+    given = {"anchor_weight": 2.0, "side_weight": 0.5, "norm_weight": 1.5}
+    given |= {"kl_weight": 3.0, "concept_weight": 0.7, "concept_kl_weight": 0.6}
+    logged = train(make(penalty_weight=0.4, penalty_warmup_steps=2, text_anchor_every=2, learning_rate=1e-2, **given))
     for step, (row, task) in enumerate(zip(logged, tasks, strict=True)):
-        terms = {name: row.get(f"calibration/{name}") for name in ("hinge", "anchor", "side", "kl", "concept")}
-        assert (terms["kl"] is None) is (terms["concept"] is None) is (step == 1)  # every second step
-        at = {"hinge": 0.2 if step == 0 else 0.4}  # half-way through the warm-up
-        at |= {name: given[f"{name}_weight"] for name in ("anchor", "side", "kl", "concept")}
+        terms = {name: row.get(f"calibration/{name}") for name in TERMS}
+        # A text anchor at every second step: a neutral text, then a story.
+        assert [name for name in ("kl", "concept", "concept_kl") if terms[name] is not None] == (
+            [["kl"], [], ["concept", "concept_kl"]][step]
+        )
+        at = {"penalty": 0.2 if step == 0 else 0.4}  # half-way through the warm-up
+        at |= {name: given[f"{name}_weight"] for name in TERMS[1:]}
         extra = sum(at[name] * term for name, term in terms.items() if term is not None)
         assert extra > 0.01
         assert row["loss"] == pytest.approx(task.item() + extra, rel=1e-5)
-    assert all(term > 0 for term in terms.values())  # by the last step every term has something to say
+    # By the last step every term has something to say, but the guard.
+    assert all(terms[name] > 0 for name in ("penalty", "anchor", "side", "concept", "concept_kl"))
 
 
 def test_two_small_micro_steps_equal_one_large_step_and_checkpointing_changes_nothing(make):
     """The same four pairs and contexts; plain gradient descent, as Adam would magnify the last digit."""
-    options = {"hinge_weight": 1.0, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 2}
-    options |= {"kl_weight": 0.0, "concept_weight": 0.0}  # one text each micro-step, so not the same texts
+    options = {"penalty_weight": 1.0, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 2}
+    options |= NO_TEXTS  # one text each micro-step, so not the same texts
     large = make(contexts_per_step=2, **options)
     expected = train(large)
     small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "contexts_per_step": 1}
@@ -142,7 +150,7 @@ def test_two_small_micro_steps_equal_one_large_step_and_checkpointing_changes_no
 
 def read_headers(trainer, vectors) -> float:
     """Mean header reading of the failing contexts, through code that training does not use."""
-    probes = ceilings.prepare(trainer.processing_class, [failing for failing, _ in TWINS], 8)
+    probes = readings.prepare(trainer.processing_class, [failing for failing, _ in TWINS], 8)
     pools, ids = [[probe.header] for probe in probes], [probe.ids for probe in probes]
     states = activations.pooled(trainer.model.eval(), ids, pools, vectors.layers)[:, 0]
     row, at = vectors.index("desperate"), vectors.positions([2])[0]
@@ -151,7 +159,7 @@ def read_headers(trainer, vectors) -> float:
 
 def test_the_hinge_lowers_readings_on_failing_contexts(make, tiny_vectors):
     vectors, found = load_vectors(str(tiny_vectors)), {}
-    options = {"max_steps": 10, "hinge_weight": 1.0, "optim": "sgd", "learning_rate": 3e-3, "contexts_per_step": 4}
+    options = {"max_steps": 10, "penalty_weight": 1.0, "optim": "sgd", "learning_rate": 3e-3, "contexts_per_step": 4}
     options |= {"ceiling_quantile": 0.0} | NO_ANCHORS
     for arm in ("none", "hinge-frozen"):
         trainer = make(arm=arm, **options)
@@ -168,10 +176,11 @@ def test_both_arms_start_at_the_reference_with_the_same_hinge(make, tmp_path):
     for arm in ("hinge-frozen", "random"):
         first = train(make(arm, arm=arm, contexts_per_step=4, max_steps=1))[0]
         kept = json.loads((tmp_path / arm / "calibration" / "state.json").read_text())
-        assert first["calibration/hinge"] == pytest.approx(kept["initial_hinge"], abs=1e-4)
-        assert all(first[f"calibration/{name}"] < 1e-9 for name in ("anchor", "side", "kl", "concept"))
+        assert first["calibration/penalty"] == pytest.approx(kept["initial_hinge"], abs=1e-4)
+        assert all(first[f"calibration/{name}"] < 1e-9 for name in ("anchor", "side", "norm"))
+        assert first["calibration/kl"] < 1e-6
         hinges.append(kept["initial_hinge"])
-        directions.append(load_file(tmp_path / arm / "calibration" / "tensors.safetensors")["directions"][:, 0])
+        directions.append(load_file(tmp_path / arm / "calibration" / "tensors.safetensors")["directions"][0])
     assert hinges[0] == hinges[1] > 0
     assert (directions[0] * directions[1]).sum().abs() < 1e-4
 
@@ -225,7 +234,7 @@ def test_a_resumed_run_keeps_its_first_ceilings_unless_they_differ_for_good(make
     for shift in (1e-5, 1.0):
         save_file(first | {"ceilings": first["ceilings"] + shift}, path)
         if shift < 1e-3:  # the last digits of another machine
-            assert torch.equal(make()._calibration.ceilings, first["ceilings"] + shift)
+            assert torch.equal(make()._calibration.pressure.ceilings, first["ceilings"] + shift)
         else:
             with pytest.raises(ValueError, match=r"the ceilings differ.*use another `output_dir`"):
                 make()
@@ -246,14 +255,13 @@ def test_evaluation_has_the_trainers_own_loss_and_moves_nothing(make):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora": False}, "needs a LoRA adapter .* set `use_peft: true`"),
         ({"layers": [0]}, r"layers \[0\] are out of range; these vectors hold layers 1 to 3"),
         ({"concepts": ["serene"]}, "no concept 'serene'; they have .*calm"),
         ({"vectors": "nowhere"}, "'nowhere': no model.safetensors there"),
         ({"max_length": 16}, "no training example is left: with `max_length` 16 every prompt is cut"),
         (
             {"stories": [story for story in TEXTS["stories"] if story.concept == "calm"]},
-            "the stories have none about desperate.*`concept_weight: 0`",
+            "the stories have none about desperate.*set `concept_weight` and",
         ),
     ],
 )
@@ -265,7 +273,7 @@ def test_what_does_not_fit_the_model_is_refused_before_training(make, change, me
 def test_a_hinge_that_starts_at_zero_cannot_set_its_weight(make):
     """The failing contexts are their own twins, and the ceiling is the highest reading."""
     trainer = make(twins=[(failing, failing) for failing, _ in TWINS], ceiling_quantile=1.0)
-    with pytest.raises(ValueError, match=r"the hinge is 0 at the first step.*give `hinge_weight` or a lower"):
+    with pytest.raises(ValueError, match=r"the penalty is 0 at the first step.*give `penalty_weight`, or a lower"):
         trainer.train()
 
 

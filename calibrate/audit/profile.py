@@ -44,6 +44,12 @@ class Profile(NamedTuple):
         """Rows of one kind, ordered by task, so that twins line up."""
         return sorted((i for i, k in enumerate(self.kinds) if k == kind), key=lambda i: self.tasks[i])
 
+    def by_task(self, kind: str, values: np.ndarray) -> np.ndarray:
+        """Values of every text -> means over the contexts of each task, [tasks, ...], in the order of `rows`."""
+        rows = self.rows(kind)
+        tasks = np.array([self.tasks[row] for row in rows])
+        return np.stack([values[rows][tasks == task].mean(0) for task in dict.fromkeys(tasks.tolist())])
+
 
 def read_profile(
     checkpoint: Checkpoint,

@@ -119,7 +119,9 @@ def _check_comparable(before: Record, after: Record) -> None:
 def _by_kind(record: Record, directions) -> dict[tuple[str, str], np.ndarray]:
     readings = record.profile.readings(record.vectors, directions)
     return {
-        (role, kind): readings[role][record.profile.rows(kind)] for role in readings for kind in ("failing", "passing")
+        (role, kind): record.profile.by_task(kind, readings[role])
+        for role in readings
+        for kind in ("failing", "passing")
     }
 
 

@@ -70,7 +70,7 @@ class Record(NamedTuple):
         result: dict = {}
         for role, readings in self.profile.readings(self.vectors).items():
             for kind in ("failing", "passing", "neutral"):
-                values = readings[self.profile.rows(kind)][:, :, at].mean(2)
+                values = self.profile.by_task(kind, readings)[:, :, at].mean(2)
                 result.setdefault(role, {})[kind] = {
                     concept: [round(x, 4) for x in stats.mean(values[:, index])]
                     for index, concept in enumerate(self.vectors.concepts)

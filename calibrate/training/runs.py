@@ -1,12 +1,22 @@
-"""A training run's output folder: claimed by a configuration, resumed after a stop, finished once."""
+"""A training run: its texts and model, and its output folder: claimed, resumed after a stop, finished once."""
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
+import warnings
+from collections.abc import Callable, Generator
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from calibrate.training.configs import CalibratedDPOConfig
+from calibrate import corpora, models
+from calibrate.corpora import Pair
+from calibrate.models import Checkpoint
+from calibrate.training import arms, estimate
+from calibrate.training.configs import CalibrationConfig
+from calibrate.training.objective import Data
 from calibrate.vectors import load_vectors
 
 FINISHED = "finished"
@@ -21,9 +31,70 @@ _NO_MATTER = {
     "hub_token",
 }
 _NO_MATTER |= {"push_to_hub", "save_total_limit", "disable_tqdm", "project", "trackio_space_id", "logging_dir"}
+_NO_MATTER |= {"dry_run"}
 
 
-def refuse_unused(args: CalibratedDPOConfig, model_args) -> None:
+class Run(NamedTuple):
+    """What a recipe trains: model, adapter, texts, and the checkpoint to resume from (`FINISHED` where it is done)."""
+
+    checkpoint: Checkpoint
+    peft_config: Any
+    data: Data
+    pairs: list[Pair]
+    resume_from: str | None
+
+
+def prepare(args: Any, model_args: Any) -> Run:
+    """Loads the train split's texts and the model, and claims the output folder (in a dry run, a temporary one).
+
+    Raises:
+        ValueError: an option is not used, a text file does not fit, or the folder holds another run.
+    """
+    refuse_unused(args, model_args)
+    if args.dry_run:
+        estimate.set_aside(args)
+    every = [twin for twin in corpora.load_twins(args.twins) if twin[0].split == "train"]
+    twins = corpora.of_tasks(every, args.max_tasks)
+    places = {(failing.task, failing.context) for failing, _ in twins}
+    pairs = [pair for pair in corpora.load_pairs(args.pairs) if (pair.task, pair.context) in places]
+    pairs = corpora.spread(arms.prompts_of(args.arm, pairs), args.max_pairs)
+    if not pairs:
+        raise ValueError(
+            f"`arm: {args.arm}` finds no pairs of its kind on the contexts of `twins`; give others in `pairs`"
+        )
+    dialogues = [dialogue for dialogue in corpora.load_neutral(args.neutral) if dialogue.split == "train"]
+    stories = [story for story in corpora.load_stories(args.stories) if story.split == "train"]
+    with whole_model(args):
+        checkpoint = models.load(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    from trl import get_peft_config
+
+    peft_config = get_peft_config(model_args)
+    keep_below_band(peft_config, args)
+    data = Data(twins, dialogues, stories)
+    resume_from = claim(args, model_args, [*data, pairs, checkpoint.weight_hash])
+    return Run(checkpoint, peft_config, data, pairs, resume_from)
+
+
+@contextlib.contextmanager
+def whole_model(args: Any) -> Generator[None]:
+    """Inside, a model is loaded whole under ZeRO-3 too: its hash and the reference are read before it is sharded."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    plugin = args.deepspeed_plugin
+    if plugin:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin:
+            set_hf_deepspeed_config(plugin.dschf)
+
+
+def refuse_unused(args: CalibrationConfig, model_args) -> None:
     """Raises ValueError where an option is set that the recipe would not use: nothing is ignored in silence."""
     used = {"model_name_or_path", "model_revision", "use_peft", "use_rslora", "use_dora"}
     for option in fields(model_args):
@@ -39,18 +110,18 @@ def refuse_unused(args: CalibratedDPOConfig, model_args) -> None:
             )
 
 
-def keep_below_band(peft_config, args: CalibratedDPOConfig) -> None:
+def keep_below_band(peft_config, args: CalibrationConfig) -> None:
     """Restricts a LoRA configuration to the blocks up to the band's last layer, unless the user chose the blocks.
 
     Adapters above the band could undo there what the penalty does below (BLOCK-EM: 38 to 3 % against a return).
     """
-    if peft_config is None or args.is_plain() or peft_config.layers_to_transform is not None:
+    if peft_config is None or args.is_plain() or args.adapt_above_band or peft_config.layers_to_transform is not None:
         return
     band = args.layers or load_vectors(args.vectors).used_band()
     peft_config.layers_to_transform = list(range(max(band) + 1))
 
 
-def claim(args: CalibratedDPOConfig, model_args, data: list) -> str | None:
+def claim(args: Any, model_args, data: list) -> str | None:
     """Takes the output folder for this configuration and data.
 
     Returns:
@@ -104,3 +175,30 @@ def finish(trainer) -> None:
 def config_hash(options: dict) -> str:
     """A short hash of a run's options."""
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def train(trainer: Any, run: Run) -> None:
+    """Trains from where the run stands, saves the model, and marks the run as finished; a dry run is only measured."""
+    if trainer.args.dry_run:
+        found = estimate.measure(trainer)
+        if trainer.accelerator.is_main_process:
+            sys.stdout.write(found.text())
+        return trainer.end()
+    trainer.train(resume_from_checkpoint=run.resume_from)
+    trainer.save_model(trainer.args.output_dir)
+    finish(trainer)
+    trainer.end()
+
+
+def main(recipe: Callable[[Any, Any], None], config: type) -> None:
+    """Parses `--config FILE.yaml` and options, runs the recipe, and ends with one line where the user erred."""
+    from trl import ModelConfig, TrlParser
+    from yaml import YAMLError
+
+    # PEFT looks the base model's vocabulary up on the Hub at every save, to see whether it was resized; it was not.
+    warnings.filterwarnings("ignore", message="(Unable to fetch remote file|Could not find a config file)")
+    parser = TrlParser([config, ModelConfig])  # ty: ignore[invalid-argument-type]
+    try:
+        recipe(*parser.parse_args_and_config())
+    except (ValueError, FileNotFoundError, YAMLError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")  # on one line

@@ -1,63 +1,87 @@
 """One mixin that adds the calibration terms to a TRL trainer's loss, and the trainers made with it."""
 
+import contextlib
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from trl import DPOTrainer
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainerCallback
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
-from calibrate.corpora import Context, Dialogue, Story
-from calibrate.training.objective import Objective
+from calibrate.training import arms, rewards
+from calibrate.training.objective import Data, Objective
+from calibrate.vectors import load_vectors
 
 # What the mixin is mixed into, for the type checker; at run time it stands before any of TRL's trainers.
-_Trainer = DPOTrainer if TYPE_CHECKING else object
+_Trainer = Trainer if TYPE_CHECKING else object
 
 
 class CalibrationMixin(_Trainer):
-    """Adds hinge, anchors and side term to `compute_loss`, on batches of contexts of its own.
+    """Adds penalty, anchors and side term to `compute_loss`, on batches of contexts of its own.
 
     The contexts are read in a second forward pass after the trainer's, on the unwrapped model, cut after the band:
     TRL's fused head returns neither logits nor hidden states, and its batches do not say which tokens are whose. One
-    scalar, one backward pass. With all weights 0, or `arm: none`, nothing is added or run.
+    scalar, one backward pass. In the arms without terms of their own nothing is added or run.
 
     Args:
-        twins: (failing, passing) contexts to train on.
-        dialogues: neutral dialogues for the KL anchor.
-        stories: emotion stories for the hidden-state anchor, so that the model still understands the emotion.
+        data: the texts of the calibration terms.
         weight_hash: `Checkpoint.weight_hash` of the model.
     """
 
     args: Any
     model: Any
 
-    def __init__(
-        self,
-        *positional,
-        twins: list[tuple[Context, Context]],
-        dialogues: list[Dialogue],
-        stories: list[Story],
-        weight_hash: str,
-        **options,
-    ):
+    def __init__(self, *positional, data: Data, weight_hash: str, **options):
         super().__init__(*positional, **options)
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):  # TRL drops them without a word
             raise ValueError(
                 f"no training example is left: with `max_length` {self.args.max_length} every prompt is cut; raise it"
             )
-        self._calibration = None
+        self._check_supported()
+        self._calibration = self._steering = None
         if not self.args.is_plain():
-            if not hasattr(self.model, "disable_adapter"):
+            self._calibration = Objective(self, data, weight_hash)
+            self.add_callback(_StopWhenMet(self._calibration))
+        elif self.args.arm in arms.STEERED:
+            vectors = load_vectors(self.args.vectors)
+            layers = self.args.layers or vectors.used_band()
+            targets = arms.target_directions(vectors, self.args.concepts, self.args.raise_concepts, 1, layers)
+            model = self.accelerator.unwrap_model(self.model)
+            self._steering = arms.steering_of(self.args, model, vectors, targets, layers)
+
+    def _check_supported(self) -> None:
+        """Refuses at the start what would fail later or change a result in silence."""
+        args = self.args
+        if args.use_liger_kernel:
+            raise ValueError("`use_liger_kernel` is not supported with calibration terms; set it to false")
+        adapters = getattr(self.model, "peft_config", {})
+        if any(getattr(config, "lora_dropout", 0) for config in adapters.values()):
+            raise ValueError("`lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0")
+        plain = args.is_plain() and args.arm not in arms.STEERED
+        distributed = self.accelerator.distributed_type != DistributedType.NO
+        if args.gradient_checkpointing and not plain and distributed:
+            # A second forward pass under re-entrant checkpointing fails under DDP and ZeRO; TRL itself asks for it
+            # with LoRA and ZeRO-3 because of a DeepSpeed bug that is mended since 0.19.8.
+            if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and not self._trl_chose_reentrant():
                 raise ValueError(
-                    "calibrated training needs a LoRA adapter (the reference is the model without it); set `use_peft: "
-                    "true`"
+                    "`gradient_checkpointing_kwargs: {use_reentrant: true}` breaks the second forward pass on several "
+                    "processes; set `use_reentrant: false`"
                 )
-            self._calibration = Objective(self, twins, dialogues, stories, weight_hash)
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            args.activation_checkpointing_kwargs = {"use_reentrant": False}
+
+    def _trl_chose_reentrant(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return bool(plugin and plugin.zero_stage == 3 and hasattr(self.model, "peft_config"))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        steered = self.model.training and self._steering is not None
+        with self._steering.active() if steered else contextlib.nullcontext():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Evaluation has the trainer's own loss: the contexts are training data, and their order must not depend on it.
         if self._calibration is None or not self.model.training:
             return result
-        loss = result[0] if return_outputs else result
+        loss: Any = result[0] if return_outputs else result
         unwrapped = self.accelerator.unwrap_model(model)
         loss = loss + self._calibration(unwrapped, loss) / self._extra_divisor(num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
@@ -75,7 +99,38 @@ class CalibrationMixin(_Trainer):
         super().log(logs, start_time)
 
 
+class _StopWhenMet(TrainerCallback):
+    """Ends the run where the objective says that the ceiling is met (`stop_when_met`)."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def on_step_end(self, args, state, control, **_):
+        if self.objective.met:
+            control.should_training_stop = True
+
+
 class CalibratedDPOTrainer(CalibrationMixin, DPOTrainer):
     """TRL's `DPOTrainer` with the calibration terms; see `CalibrationMixin`."""
 
     _tag_names = ["trl", "dpo", "calibrate"]
+
+
+class CalibratedSFTTrainer(CalibrationMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with the calibration terms; see `CalibrationMixin`."""
+
+    _tag_names = ["trl", "sft", "calibrate"]
+
+
+class CalibratedGRPOTrainer(CalibrationMixin, GRPOTrainer):
+    """TRL's `GRPOTrainer` with readings in the reward, in the loss, or both; see `CalibrationMixin` and `rewards`."""
+
+    _tag_names = ["trl", "grpo", "calibrate"]
+
+    def __init__(self, *positional, reward_funcs, **options):
+        self._reading = rewards.ReadingReward()
+        functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+        in_reward = options["args"].reading_use != "aux" and options["args"].arm in arms.HINGED
+        super().__init__(*positional, reward_funcs=[*functions, *([self._reading] if in_reward else [])], **options)
+        if in_reward:
+            self._reading.bind(self)

@@ -1,0 +1,171 @@
+"""
+The cost of the calibration terms: a calibrated DPO step against TRL's plain one on the same task batch.
+
+```bash
+python benchmarks/training.py            # time: A/B/A/B in turn, median ratio with its interval
+python benchmarks/training.py --memory   # peak memory of each, one process each
+```
+
+Two micro-steps make one measurement, because the text anchors run at every second one. `bare` is what the extra
+forward and backward passes cost without us: the same contexts through the cut body, and the same text through the
+whole model, with the mean of the outputs as a loss.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+from calibrate import activations, corpora, models, stats
+from calibrate.training import arms, runs
+from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.training.objective import Data
+from calibrate.training.trainers import CalibratedDPOTrainer
+
+MICRO_STEPS = 2
+
+
+def make(kind: type, folder: str, pairs: int):
+    """A DPO trainer of the default model with LoRA up to the band; `pairs` pairs a micro-step."""
+    checkpoint = models.load("default")
+    twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"]
+    chosen = arms.prompts_of("none", [pair for pair in corpora.load_pairs() if pair.split == "train"])
+    rows = [{name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")} for pair in chosen]
+    options = {
+        "output_dir": folder, "per_device_train_batch_size": pairs, "max_length": 1024, "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available(), "gradient_checkpointing": False,
+        "disable_tqdm": True, "save_strategy": "no", "max_steps": 1000,
+    }  # fmt: skip
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
+    shared = {
+        "model": checkpoint.model, "processing_class": checkpoint.tokenizer, "peft_config": lora,
+        "train_dataset": Dataset.from_list(rows),
+    }  # fmt: skip
+    calibrated = CalibratedDPOConfig(vectors="default", penalty_weight=1.0, **options)
+    runs.keep_below_band(lora, calibrated)  # the plain run too: the same parameters are trained
+    if kind is DPOTrainer:
+        return DPOTrainer(args=DPOConfig(**options), **shared)
+    dialogues = [row for row in corpora.load_neutral() if row.split == "train"]
+    stories = [story for story in corpora.load_stories() if story.split == "train"]
+    return kind(args=calibrated, data=Data(twins, dialogues, stories), weight_hash=checkpoint.weight_hash, **shared)
+
+
+def clock() -> float:
+    """CPU seconds of this process, or wall seconds on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def measure(trainer, batch: dict, first: int) -> float:
+    """Seconds of two micro-steps, forward and backward, without the optimiser; contexts go on from step `first`."""
+    start = clock()
+    for step in range(MICRO_STEPS):
+        trainer.state.global_step = first + step
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        trainer.model.zero_grad()
+    return clock() - start
+
+
+def bare(trainer, first: int) -> tuple[float, int]:
+    """Seconds and tokens of the extra passes of the same two micro-steps, by plain means."""
+    objective, model, device, tokens = trainer._calibration, trainer.model, trainer.accelerator.device, 0
+    start = clock()
+    for step in range(first, first + MICRO_STEPS):
+        rows = objective._rows(step)
+        sequences = [
+            probe.ids for side in (objective.failing, objective.passing) for probe in (side[row] for row in rows)
+        ]
+        batch = activations.collate(list(range(len(sequences))), sequences, device)
+        with models.cut_after(model, max(objective.layers)):
+            model(**batch.inputs, use_cache=False, logits_to_keep=1).logits.mean().backward()
+        tokens += sum(map(len, sequences))
+        if step % objective.args.text_anchor_every == 0:
+            texts = list(objective.anchors.texts.values())
+            index = step // objective.args.text_anchor_every
+            kind = texts[index % len(texts)]
+            text = kind[index // len(texts) % len(kind)]
+            batch = activations.collate([0], [text.ids], device)
+            at = torch.tensor(text.positions, device=device)
+            model(**batch.inputs, use_cache=False, logits_to_keep=at).logits.mean().backward()
+            tokens += len(text.ids)
+        model.zero_grad()
+    return clock() - start, tokens
+
+
+def ratio(above: list[float], below: list[float]) -> str:
+    """Median of the pairwise ratios with a 95 % bootstrap interval."""
+    values = np.array(above) / np.array(below)
+    found = stats.bootstrap(lambda v: float(np.median(v)), values)
+    return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}] ({len(values)} pairs)"
+
+
+def times(pairs: int, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        plain, ours = make(DPOTrainer, f"{folder}/plain", pairs), make(CalibratedDPOTrainer, f"{folder}/ours", pairs)
+        batch = ours._prepare_inputs(next(iter(ours.get_train_dataloader())))
+        task = int(batch["attention_mask"].sum()) * MICRO_STEPS
+        for trainer in (plain, ours):
+            trainer.model.train()
+            measure(trainer, batch, 0)
+        seconds: dict[str, list[float]] = {"plain": [], "calibrated": [], "bare": []}
+        extra = 0
+        for number in range(rounds):
+            first = MICRO_STEPS * (number + 1)
+            seconds["plain"].append(measure(plain, batch, first))
+            seconds["calibrated"].append(measure(ours, batch, first))
+            spent, tokens = bare(ours, first)
+            seconds["bare"].append(spent)
+            extra += tokens
+        share = extra / rounds / task
+        print(f"task tokens {task}, extra tokens {extra // rounds} ({share:.0%}), {pairs} pairs a micro-step")
+        for name, values in seconds.items():
+            print(f"{name}: median {statistics.median(values):.2f} s")
+        added = [ours_ - plain_ for ours_, plain_ in zip(seconds["calibrated"], seconds["plain"], strict=True)]
+        print(f"calibrated / plain: {ratio(seconds['calibrated'], seconds['plain'])}")
+        print(f"what we add / bare extra passes: {ratio(added, seconds['bare'])}")
+
+
+def peak(which: str, pairs: int) -> None:
+    """Prints the peak memory of two micro-steps in this process, MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(DPOTrainer if which == "plain" else CalibratedDPOTrainer, folder, pairs)
+        trainer.model.train()
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        measure(trainer, batch, 0)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else used)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=12, help="pairs a micro-step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak", choices=("plain", "calibrated"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        return peak(arguments.peak, arguments.pairs)
+    if not arguments.memory:
+        return times(arguments.pairs, arguments.rounds)
+    found = {}
+    for which in ("plain", "calibrated"):
+        command = [sys.executable, __file__, "--peak", which, "--pairs", str(arguments.pairs)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found[which] = float(printed.split()[-1])
+        print(f"{which}: {found[which]:.0f} MiB")
+    print(f"calibrated / plain: {found['calibrated'] / found['plain']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""
+Calibrated supervised tuning: LoRA SFT on honest replies to failing tests with a penalty on the desperation reading.
+
+```bash
+accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/sft.py \
+    --config recipes/smollm2-135m/sft.yaml
+```
+
+Run the same command again after a stop: it resumes from the last checkpoint.
+"""
+
+from calibrate.training import runs
+from calibrate.training.configs import CalibratedSFTConfig
+from calibrate.training.trainers import CalibratedSFTTrainer
+
+
+def main(training_args: CalibratedSFTConfig, model_args) -> None:
+    from datasets import Dataset
+
+    run = runs.prepare(training_args, model_args)
+    if run.resume_from == runs.FINISHED:
+        return print(f"{training_args.output_dir} already holds this run, finished; nothing to do")
+    trainer = CalibratedSFTTrainer(
+        model=run.checkpoint.model,
+        args=training_args,
+        processing_class=run.checkpoint.tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": pair.prompt, "completion": pair.chosen} for pair in run.pairs]),
+        peft_config=run.peft_config,
+        data=run.data,
+        weight_hash=run.checkpoint.weight_hash,
+    )
+    runs.train(trainer, run)
+
+
+if __name__ == "__main__":
+    runs.main(main, CalibratedSFTConfig)

@@ -1,0 +1,171 @@
+"""SFT and GRPO with the calibration terms; DPO is in test_trainers.py."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_trainers import NO_ANCHORS, PAIRS, TEXTS, TRL, TWINS, assert_same_weights, train, weights
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from calibrate import corpora, models
+from calibrate.training import arms, rewards, runs
+from calibrate.training.configs import CalibratedGRPOConfig, CalibratedSFTConfig
+from calibrate.training.objective import Data
+from calibrate.training.trainers import CalibratedGRPOTrainer, CalibratedSFTTrainer
+from calibrate.vectors import load_vectors
+
+SFT_ROWS = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
+GRPO = {"num_generations": 2, "max_completion_length": 8, "per_device_train_batch_size": 4, "temperature": 1.0}
+
+
+def length(completions, **_):
+    """A reward that needs no task: the share of vowels."""
+    return [sum(c in "aeiou" for c in turn[-1]["content"]) / 10 for turn in completions]
+
+
+@pytest.fixture
+def make(tiny_folder, tiny_vectors, tmp_path):
+    def make(kind, folder: str = "run", lora=True, **options):
+        checkpoint = models.load(str(tiny_folder))
+        options = {k: v for k, v in TRL.items() if k != "max_length" or "SFT" in kind.__name__} | options
+        options |= {"output_dir": str(tmp_path / folder)}
+        grpo = issubclass(kind, GRPOTrainer)
+        rows = [{"prompt": row["prompt"]} for row in SFT_ROWS] if grpo else SFT_ROWS
+        shared = {
+            "model": checkpoint.model, "processing_class": checkpoint.tokenizer,
+            "train_dataset": Dataset.from_list(rows),
+            "peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
+        } | ({"reward_funcs": length} if grpo else {})  # fmt: skip
+        if grpo:
+            options = GRPO | options
+        if kind in (SFTTrainer, GRPOTrainer):
+            return kind(args=(GRPOConfig if grpo else SFTConfig)(**options), **shared)
+        config = CalibratedGRPOConfig if grpo else CalibratedSFTConfig
+        args = config(**{"vectors": str(tiny_vectors)} | options)
+        runs.keep_below_band(shared["peft_config"], args)
+        data = Data(TWINS, TEXTS["dialogues"], TEXTS["stories"])
+        return kind(args=args, data=data, weight_hash=checkpoint.weight_hash, **shared)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("plain", "calibrated"), [(SFTTrainer, CalibratedSFTTrainer), (GRPOTrainer, CalibratedGRPOTrainer)]
+)
+def test_arm_none_is_plain_trl_bit_for_bit(make, plain, calibrated):
+    one = make(plain)
+    expected = [row["loss"] for row in train(one)]  # before the other is made: each seeds the sampling anew
+    other = make(calibrated, arm="none")
+    assert [row["loss"] for row in train(other)] == expected
+    assert_same_weights(one, other)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_sft_adds_the_terms_with_an_adapter_and_in_full(make, lora):
+    """In full fine-tuning the reference is the model before its first step."""
+    first, *_, last = train(make(CalibratedSFTTrainer, lora=lora, max_steps=4, text_anchor_every=1))
+    assert all(first[f"calibration/{name}"] < 1e-6 for name in ("anchor", "side", "norm", "kl"))
+    assert last["calibration/penalty"] > 0
+    assert last["calibration/anchor"] > 1e-9
+
+
+def test_accumulation_scales_the_terms_once(make):
+    """SFT's own loss is divided by the tokens of all micro-steps; the terms by their number."""
+    options = {"arm": "hinge-frozen", "penalty_weight": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 2}
+    options |= NO_ANCHORS | {"penalty_warmup_steps": 0}
+    large = make(CalibratedSFTTrainer, contexts_per_step=2, **options)
+    train(large)
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "contexts_per_step": 1}
+    other = make(CalibratedSFTTrainer, **options | small)
+    train(other)
+    for name, part in weights(large).items():
+        torch.testing.assert_close(weights(other)[name], part, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packing_changes_the_task_alone(make, options):
+    last = train(make(CalibratedSFTTrainer, **options))[-1]
+    assert last["calibration/penalty"] > 0
+
+
+def test_grpo_takes_reward_off_where_a_completion_reads_higher(make):
+    trainer = make(CalibratedGRPOTrainer, auroc_gate=0.0)
+    assert trainer._calibration is None  # nothing in the loss
+    logged = train(trainer)
+    assert all("rewards/reading/mean" in row and "reading/completion" in row for row in logged)
+    assert min(row["rewards/reading/mean"] for row in logged) < 0
+    assert max(row["rewards/reading/mean"] for row in logged) <= 0
+
+
+@pytest.mark.parametrize("use", ["aux", "both"])
+def test_grpo_with_the_penalty_in_the_loss(make, use):
+    last = train(make(CalibratedGRPOTrainer, reading_use=use, arm="hinge-refit", auroc_gate=0.0))[-1]
+    assert last["calibration/penalty"] > 0
+    assert ("rewards/reading/mean" in last) is (use == "both")
+
+
+def test_the_gate_refuses_a_reader_that_cannot_tell_and_lets_one_through_that_can(make, monkeypatch):
+    monkeypatch.setattr(rewards, "auroc", lambda above, below: 0.0)
+    with pytest.raises(ValueError, match=r"tells \d+ gaming from honest replies with an AUROC of 0.00, below"):
+        make(CalibratedGRPOTrainer)
+    monkeypatch.setattr(rewards, "auroc", lambda above, below: 0.71)
+    assert make(CalibratedGRPOTrainer).reward_func_names == ["length", "reading"]
+
+
+def test_group_penalty_by_hand():
+    """Groups (0, 2) and (5, 5): means 1 and 5, deviations 1 and the floor: 0, 1, 0, 0. Floor 4: 0, 0.25."""
+    scores = torch.tensor([0.0, 2.0, 5.0, 5.0])
+    assert rewards.group_penalty(scores, 2, 0.1).tolist() == [0, 1, 0, 0]
+    assert rewards.group_penalty(scores, 2, 4.0).tolist() == [0, 0.25, 0, 0]
+
+
+def test_auroc_by_hand():
+    """Of (3, 1) against (1, 0): 3 wins both, 1 ties once and wins once: 3.5 of 4."""
+    import numpy as np
+
+    assert rewards.auroc(np.array([3.0, 1.0]), np.array([1.0, 0.0])) == 3.5 / 4
+
+
+def test_a_completion_is_read_by_its_highest_tokens_in_the_reference(make, tiny_vectors):
+    """The top tenth of 20 tokens: the mean of the two highest token readings, through the vectors' own arithmetic."""
+    trainer = make(CalibratedGRPOTrainer, auroc_gate=0.0)
+    vectors, ids = load_vectors(str(tiny_vectors)), list(range(5, 45))
+    found = trainer._reading.read([(ids, 20), (ids[:10], 10)], "reference")
+    with models.as_reference(trainer.model), trainer._reading.tap.recording() as recorded:
+        trainer.model(torch.tensor([ids]))
+    at = vectors.positions([2])
+    states = torch.zeros(20, len(vectors.layers), vectors.hidden_size)
+    states[:, at[0]] = recorded[2][0, 20:]
+    expected = vectors.readings(states, "token")[:, vectors.index("desperate"), at[0]].topk(2).values.mean()
+    assert found[0].item() == pytest.approx(expected.item(), abs=1e-4)
+    assert found[1] == 0  # an empty completion
+
+
+def test_execution_rewards_code_that_passes(tmp_path):
+    files = json.dumps({"test_double.py": "from double import double\n\ndef test_it():\n    assert double(4) == 8\n"})
+    replies = [
+        "```python\ndef double(x):\n    return 2 * x\n```",
+        "```python\ndef double(x):\n    return 8 * x\n```",
+        "No.",
+    ]
+    completions = [[{"role": "assistant", "content": text}] for text in replies]
+    line = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    found = rewards.tests_pass(completions, [files] * 3, [line] * 3, ["double.py"] * 3)
+    assert found == [1.0, 0.0, 0.0]
+
+
+def test_the_shipped_repairs_fail_as_they_are():
+    """One of them: its own code in a reply earns nothing, so there is something to learn."""
+    repair = corpora.load_repairs()[0]
+    reply = f"```python\n{repair.files[repair.code_file]}```"
+    completions = [[{"role": "assistant", "content": reply}]]
+    found = rewards.tests_pass(completions, [json.dumps(repair.files)], [repair.command], [repair.code_file])
+    assert found == [0.0]
+
+
+@pytest.mark.parametrize("arm", [arms.Arm.HINGE_REFIT, arms.Arm.CONSISTENCY, arms.Arm.OUTPUT_KL])
+def test_reward_only_refuses_arms_that_work_through_the_loss(make, arm):
+    with pytest.raises(ValueError, match=f"`arm: {arm}` works through the loss.*`reading_use: aux`"):
+        make(CalibratedGRPOTrainer, arm=str(arm))
