@@ -12,7 +12,7 @@ step() { printf '\n== %s\n' "$*"; }
 step "1. Profile the model before, with the vectors that ship for it"
 calibrate audit default $AUDIT --out $RUN/before
 
-for arm in hinge-frozen random; do
+for arm in hinge-refit random; do
     step "2. Calibrate: LoRA DPO with the hinge, arm $arm"
     accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/dpo.py --config $CONFIG \
         --arm $arm --output_dir $RUN/$arm
@@ -22,4 +22,4 @@ for arm in hinge-frozen random; do
 done
 
 step "4. Compare before with after, beside the control arm"
-calibrate compare $RUN/before $RUN/after-hinge-frozen --control $RUN/after-random --out $RUN/report
+calibrate compare $RUN/before $RUN/after-hinge-refit --control $RUN/after-random --out $RUN/report

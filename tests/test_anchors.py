@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from calibrate import activations, corpora
+from calibrate import activations, corpora, transcripts
 from calibrate.corpora import Context, Dialogue, Story
 from calibrate.training import anchors, losses, readings
 from calibrate.training.anchors import AnchorText
@@ -55,16 +55,11 @@ def test_neutral_texts_are_shuffled_before_they_are_counted(tokenizer):
 
 
 def test_a_text_that_opens_with_the_assistant_has_no_prediction_of_its_first_token(tokenizer, monkeypatch):
-    """Nothing stands before it. With this template its turn has no header, so the text begins with what it says."""
-    bare = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    bare += "{% if add_generation_prompt %}{{ '' if messages else '' }}|{% endif %}"
-    monkeypatch.setattr(
-        anchors.transcripts, "encode", lambda *_: anchors.transcripts.Encoded([7, 8, 9], [SPAN], [(0, 1)] * 3, "abc")
-    )
+    """Nothing stands before it, where a template writes nothing before what the assistant says."""
+    span = transcripts.Span("reply", 0, 0, 3)
+    opened = transcripts.Encoded([7, 8, 9], [span], [(0, 1), (1, 2), (2, 3)], "abc")
+    monkeypatch.setattr(transcripts, "encode", lambda *_: opened)
     assert anchors.neutral_texts(tokenizer, DIALOGUES[:1], [], 1, 0) == [AnchorText([7, 8, 9], [0, 1])]
-
-
-SPAN = anchors.transcripts.Span("reply", 0, 0, 3)
 
 
 def stories(**counts: int) -> list[Story]:
@@ -166,7 +161,7 @@ def terms(made, model, turns: int = 9) -> list[dict[str, torch.Tensor]]:
 
 
 def test_kinds_take_turns_and_every_text_is_read_once_before_any_is_repeated(make, tiny):
-    """Two neutral texts, three stories, one context: in nine turns neutral 0, 1, 0, stories 0, 1, 2, context 0, 0, 0."""
+    """Two neutral texts, three stories, one context, nine turns: neutral 0, 1, 0, stories 0, 1, 2, context 0, 0, 0."""
     made, read = make(), []
     tiny.model.register_forward_pre_hook(
         lambda module, args, named: read.append(named["input_ids"][0].tolist()), with_kwargs=True

@@ -6,29 +6,33 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, TrlParser
 
-from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.training.arms import Arm
+from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibratedSFTConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 LAUNCHERS = sorted(ROOT.glob("accelerate_configs/**/*.yaml"))
 # The first word of a recipe's file name says which script reads it.
-CONFIGS = {"dpo": CalibratedDPOConfig}
-NO_ANCHORS = dict.fromkeys(["anchor_weight", "side_weight", "kl_weight", "concept_weight"], 0.0)
+CONFIGS = {"dpo": CalibratedDPOConfig, "sft": CalibratedSFTConfig, "grpo": CalibratedGRPOConfig}
+ANCHORS = ["anchor_weight", "side_weight", "norm_weight", "kl_weight", "concept_weight", "concept_kl_weight"]
+NO_ANCHORS = dict.fromkeys(ANCHORS, 0.0)
 
 
-def parse(folder: Path, **options) -> CalibratedDPOConfig:
+def parse(folder: Path, kind: str = "dpo", **options):
     """What the recipe makes of a YAML file with these options."""
     path = folder / "options.yaml"
     path.write_text(
         yaml.safe_dump({"vectors": "somewhere", "use_cpu": True, "bf16": False} | options), encoding="utf-8"
     )
-    return TrlParser((CalibratedDPOConfig, ModelConfig)).parse_args_and_config(["--config", str(path)])[0]
+    return TrlParser((CONFIGS[kind], ModelConfig)).parse_args_and_config(["--config", str(path)])[0]
 
 
 def test_values_of_the_right_type_arrive(tmp_path):
     # YAML reads a bare 2e-1 as a string, an integral weight as an integer.
-    parsed = parse(tmp_path, hinge_share="2e-1", hinge_weight="5e-2", anchor_weight=2, layers=[3, 4], max_tasks=None)
-    assert (parsed.hinge_share, parsed.hinge_weight, parsed.anchor_weight) == (0.2, 0.05, 2)
+    parsed = parse(
+        tmp_path, penalty_share="2e-1", penalty_weight="5e-2", anchor_weight=2, layers=[3, 4], max_tasks=None
+    )
+    assert (parsed.penalty_share, parsed.penalty_weight, parsed.anchor_weight) == (0.2, 0.05, 2)
     assert (parsed.layers, parsed.max_tasks, parsed.concepts) == ([3, 4], None, ["desperate"])
 
 
@@ -42,20 +46,44 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ({"layers": [2, 2]}, r"`layers` is \[2, 2\]; allowed: at least one, each once"),
         ({"concepts": "calm"}, r"`concepts` is 'calm' \(str\); allowed: list\[str\]"),
         ({"concepts": []}, r"`concepts` is \[\]; allowed: at least one, each once"),
-        ({"hinge_share": [0.1, 0.3]}, r"`hinge_share` is \[0.1, 0.3\] \(list\); allowed: float"),
+        ({"penalty_share": [0.1, 0.3]}, r"`penalty_share` is \[0.1, 0.3\] \(list\); allowed: float"),
         ({"kl_weight": True}, r"`kl_weight` is True \(bool\); allowed: float"),
         ({"contexts_per_step": 1.5}, r"`contexts_per_step` is 1.5 \(float\); allowed: int"),
-        ({"arm": "hinge"}, "`arm` is 'hinge'; allowed: none, hinge-frozen, random"),
+        ({"arm": "hinge"}, "`arm` is 'hinge'; allowed: none, hinge-frozen, hinge-refit"),
         ({"vectors": ""}, "`vectors` is not set; give the folder that `calibrate extract` wrote"),
         ({"ceiling_quantile": 50}, "`ceiling_quantile` is 50; allowed: 0 to 1"),
         ({"ceiling_quantile": float("nan")}, "`ceiling_quantile` is nan; allowed: 0 to 1"),
         ({"anchor_weight": -1.0}, "`anchor_weight` is -1.0; allowed: 0 or more"),
-        ({"hinge_weight": float("inf")}, "`hinge_weight` is inf; allowed: 0 or more"),
-        ({"hinge_warmup_steps": -1}, "`hinge_warmup_steps` is -1; allowed: 0 or more"),
+        ({"penalty_weight": float("inf")}, "`penalty_weight` is inf; allowed: 0 or more"),
+        ({"penalty_warmup_steps": -1}, "`penalty_warmup_steps` is -1; allowed: 0 or more"),
         ({"huber_delta": 0}, "`huber_delta` is 0; allowed: above 0"),
         ({"huber_delta": float("inf")}, "`huber_delta` is inf; allowed: above 0"),
         ({"contexts_per_step": 0}, "`contexts_per_step` is 0; allowed: 1 or more"),
         ({"max_pairs": 0}, "`max_pairs` is 0; allowed: 1 or more"),
+        ({"penalty": "l2"}, "`penalty` is 'l2'; allowed: hinge, absolute, squared, change, set-point, cosine"),
+        ({"ceiling": "low"}, "`ceiling` is 'low'; allowed: reduce, prevent, both"),
+        ({"tool_weight": 0.5}, "`tool_weight` is 0.5; allowed: 0 to 0.25"),
+        ({"rank": 9}, "`rank` is 9; allowed: 1 to 8"),
+        ({"raise_concepts": ["calm", "calm"]}, "`raise_concepts` is .*; allowed: at least one, each once"),
+        ({"raise_concepts": ["desperate"]}, "`concepts` and `raise_concepts` both hold desperate; allowed: one of"),
+        ({"levels": {"calm": 1.0}}, "`levels` names calm; allowed: the targets desperate"),
+        ({"levels": {"desperate": "low"}}, r"`levels` is .* \(dict\); allowed: dict\[str, float\]"),
+        ({"levels": {"desperate": 1.0}, "ceiling": "both"}, "`levels` are ceilings of the targets in mode `reduce`"),
+        ({"arm": "shuffled"}, "`arm: shuffled` needs `shuffled_vectors`; make them with `calibrate extract MODEL"),
+        ({"arm": "other-emotion", "other_concept": "desperate"}, "`other_concept` is 'desperate', a target itself"),
+        (
+            {"arm": "random", "penalty": "squared"},
+            "`arm: random` is matched by its hinge; `penalty: squared` has none",
+        ),
+        (
+            {"penalty": "squared", "ceiling": "both"},
+            "`ceiling: both` is of the hinge; `penalty: squared` has no ceiling",
+        ),
+        ({"penalty": "change"}, "`penalty: change` is 0 at the first step, so `penalty_share` cannot set its weight"),
+        (
+            {"ceiling": "prevent"},
+            "`ceiling: prevent` starts at a hinge of 0, so `penalty_share` cannot set its weight",
+        ),
     ],
 )
 def test_a_bad_option_is_named_with_what_is_allowed(tmp_path, options, message):
@@ -64,16 +92,51 @@ def test_a_bad_option_is_named_with_what_is_allowed(tmp_path, options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reading_use": "loss"}, "`reading_use` is 'loss'; allowed: reward, aux, both"),
+        ({"reading_by": "judge"}, "`reading_by` is 'judge'; allowed: reference, policy"),
+        ({"reading_reward": 0.0}, "`reading_reward` is 0.0; allowed: above 0"),
+        ({"top_share": 1.5}, "`top_share` is 1.5; allowed: 0 to 1"),
+        ({"auroc_gate": 2.0}, "`auroc_gate` is 2.0; allowed: 0 to 1"),
+        ({"arm": "hinge-refit"}, "`arm: hinge-refit` works through the loss.*set `reading_use: aux`"),
+        ({"penalty": "l2"}, "`penalty` is 'l2'; allowed"),
+    ],
+)
+def test_a_bad_option_of_grpo_is_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, "grpo", **options)
+
+
+def test_every_config_takes_the_calibration_options(tmp_path):
+    options = {"levels": {"desperate": -0.5, "calm": 1}, "raise_concepts": ["calm"], "vectors": "v"}
+    for kind in CONFIGS:
+        parsed = parse(tmp_path, kind, **options)
+        assert (parsed.levels, parsed.raise_concepts) == ({"desperate": -0.5, "calm": 1}, ["calm"])
+    assert parse(tmp_path, "grpo").is_plain()  # readings in the reward alone
+    assert not parse(tmp_path, "grpo", reading_use="aux").is_plain()
+
+
+def test_arms_without_terms_are_plain(tmp_path):
+    needs = {Arm.SHUFFLED: {"shuffled_vectors": "s"}}
+    plain = {arm for arm in Arm if parse(tmp_path, arm=str(arm), **needs.get(arm, {})).is_plain()}
+    assert plain == {
+        Arm.NONE, Arm.INOCULATION, Arm.CALM_DPO, Arm.INFERENCE_STEERING, Arm.EXIT_OPTION, Arm.STEER, Arm.ABLATE
+    }  # fmt: skip
+    assert parse(tmp_path, arm="output-kl", kl_weight=0.0).is_plain()
+
+
+@pytest.mark.parametrize(
     ("options", "plain"),
     [
         ({}, False),
         ({"arm": "none"}, True),
-        ({"hinge_weight": 0.0}, False),  # the anchors are left
+        ({"penalty_weight": 0.0}, False),  # the anchors are left
         (NO_ANCHORS, False),
-        (NO_ANCHORS | {"hinge_share": 0.0}, True),
-        (NO_ANCHORS | {"hinge_weight": 0.0}, True),  # overrides the share
-        (NO_ANCHORS | {"hinge_share": 0.0, "hinge_weight": 0.1}, False),
-        (NO_ANCHORS | {"hinge_share": 0.0, "concept_weight": 1.0}, False),
+        (NO_ANCHORS | {"penalty_share": 0.0}, True),
+        (NO_ANCHORS | {"penalty_weight": 0.0}, True),  # overrides the share
+        (NO_ANCHORS | {"penalty_share": 0.0, "penalty_weight": 0.1}, False),
+        (NO_ANCHORS | {"penalty_share": 0.0, "concept_weight": 1.0}, False),
     ],
 )
 def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):
@@ -90,7 +153,7 @@ def test_every_recipe_parses(path):
     config = CONFIGS[re.split("[-_]", path.stem)[0]]
     options, _ = TrlParser((config, ModelConfig)).parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
     assert options.vectors
-    assert not options.is_plain() or options.arm == "none"
+    assert not options.is_plain() or options.arm == "none" or options.reading_use == "reward"
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)

@@ -127,7 +127,7 @@ def test_a_planted_shift_is_read_in_sigma_and_raises_its_alerts(make, tiny_vecto
     assert [row["monitor/alerts"] for row in rows] == [0, 1, 1, 3, 3]
     lines = [record.message for record in caplog.records if "norm" not in record.message]
     assert lines[0].startswith(f"monitor: step 6: {HEADER} is {start + 1.2:.3f}; allowed: -inf to")
-    assert lines[1] == f"monitor: step 6: {HEADER} is {start + 1.2:.3f}, up 1.200 within 3 reading(s)"
+    assert lines[1:2] == [f"monitor: step 6: {HEADER} is {start + 1.2:.3f}, up 1.200 within 3 reading(s)"]
     assert len(lines) == 4
 
 
@@ -184,23 +184,18 @@ def test_readings_are_those_of_the_vectors_on_either_side(make, tiny, tiny_vecto
     assert row["monitor/desperate/failing_header"] != pytest.approx(row["monitor/desperate/passing_header"], abs=0.1)
 
 
+def logged(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name.startswith("monitor/")}
+
+
 def test_every_kind_of_trainer_logs_the_same(make):
     found = [rows_of(trained(make(kind, watch={"concepts": ["desperate", "calm"]}, **STILL)[0])) for kind in KINDS]
-    names = {
-        f"{concept}/{side}_{role}"
-        for concept in ("desperate", "calm")
-        for side in ("failing", "passing")
-        for role in ("header", "reply")
-    }
+    sides = ("failing_header", "failing_reply", "passing_header", "passing_reply")
+    names = [f"{concept}/{side}" for concept in ("desperate", "calm") for side in sides]
+    assert list(logged(found[0][0])) == [f"monitor/{name}" for name in [*names, "norm", "norm_ratio", "alerts"]]
     for rows in found:
         assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
-        assert {name for name in rows[0] if name.startswith("monitor/")} == {
-            f"monitor/{name}" for name in names | {"norm", "norm_ratio", "alerts"}
-        }
-        for row, first in zip(rows, found[0], strict=True):
-            assert {name: row[name] for name in row if name.startswith("monitor/")} == {
-                name: first[name] for name in first if name.startswith("monitor/")
-            }
+        assert [logged(row) for row in rows] == [logged(row) for row in found[0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,8 +236,7 @@ def test_the_reference_is_the_base_below_an_adapter(make):
         if "lora_B" in name:
             torch.nn.init.normal_(part, std=0.3)
     rows = rows_of(trained(trainer))
-    first = {name: value for name, value in rows[0].items() if name.startswith("monitor/")}
-    assert first == {name: value for name, value in base[0].items() if name.startswith("monitor/")}
+    assert logged(rows[0]) == logged(base[0])
     assert abs(rows[1]["monitor/norm_ratio"] - 1) > 0.01
 
 
@@ -252,9 +246,7 @@ def test_a_resumed_run_goes_on_with_its_first_reference(make, tmp_path):
     trainer, _ = make(folder="again", **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     again = rows_of(trainer)
-    assert [{name: row[name] for name in row if "monitor" in name} for row in again] == [
-        {name: row[name] for name in row if "monitor" in name} for row in whole
-    ]
+    assert [logged(row) for row in again] == [logged(row) for row in whole]
     assert again[-1]["monitor/norm_ratio"] != 1
     make(folder="bare", every=None, **options)[0].train()
     with pytest.raises(ValueError, match="checkpoint at step 4 has no log of these readings from its start"):

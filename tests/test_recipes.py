@@ -64,7 +64,11 @@ def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, t
         ({"config": "unknown.yaml"}, "error: Unknown arguments from config file: .*--hinge_wieght"),
         ({"model_name_or_path": "./missing"}, "error: model './missing': no folder with config.json"),
         ({"vectors": "./missing"}, "error: vectors './missing': no model.safetensors there"),
-        ({"use_peft": "false"}, "error: calibrated training needs a LoRA adapter"),
+        (
+            {"lora_dropout": 0.1},
+            "error: `lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0",
+        ),
+        ({"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
         ({"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
     ],
 )

@@ -23,7 +23,7 @@ def test_an_output_folder_belongs_to_one_configuration(tmp_path, tiny_vectors):
     (folder / "calibration" / "state.json").write_text("{}")
     assert claimed(folder, tiny_vectors, logging_steps=5) is None  # how it reports is no other run
     for options, differing in (
-        ({"hinge_share": 0.1}, "hinge_share"),
+        ({"penalty_share": 0.1}, "penalty_share"),
         ({"learning_rate": 1e-5, "arm": "random"}, "arm, learning_rate"),
         ({"data": ("other",)}, "data"),
     ):

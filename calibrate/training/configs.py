@@ -26,7 +26,7 @@ class CalibrationConfig:
     arm: str = _option("hinge-refit", f"Way of training: {', '.join(Arm)} (recipes/README.md says what each does).")
     concepts: list[str] = _option([TARGET], "Concepts whose readings are lowered.")
     raise_concepts: list[str] = _option([], "Concepts whose readings are raised, such as calm.")
-    levels: dict[str, float] = _option({}, "Concept -> its own ceiling (or floor, where it is raised), in sigma.")
+    levels: dict[str, float] = _option({}, "Concept -> its own ceiling (or floor, where it is raised), in sigma; YAML only.")
     layers: list[int] | None = _option(None, "Layers to read, counted from 0. Default: the band of the vectors.")
     rank: int = _option(1, f"Directions for each concept: itself and its nearest neighbours; at most {arms.MAX_RANK}.")
     penalty: str = _option("hinge", f"Shape of the penalty: {', '.join(losses.SHAPES)}.")
