@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +41,13 @@ def make(kind: type, folder: str, pairs: int):
     twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"]
     chosen = arms.prompts_of("none", [pair for pair in corpora.load_pairs() if pair.split == "train"])
     rows = [{name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")} for pair in chosen]
-    options = {
+    options: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": pairs, "max_length": 1024, "report_to": "none",
         "use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available(), "gradient_checkpointing": False,
         "disable_tqdm": True, "save_strategy": "no", "max_steps": 1000,
     }  # fmt: skip
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
-    shared = {
+    shared: dict[str, Any] = {
         "model": checkpoint.model, "processing_class": checkpoint.tokenizer, "peft_config": lora,
         "train_dataset": Dataset.from_list(rows),
     }  # fmt: skip

@@ -48,6 +48,7 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ({"concepts": []}, r"`concepts` is \[\]; allowed: at least one, each once"),
         ({"penalty_share": [0.1, 0.3]}, r"`penalty_share` is \[0.1, 0.3\] \(list\); allowed: float"),
         ({"kl_weight": True}, r"`kl_weight` is True \(bool\); allowed: float"),
+        ({"contexts_per_step": True}, r"`contexts_per_step` is True \(bool\); allowed: int"),
         ({"contexts_per_step": 1.5}, r"`contexts_per_step` is 1.5 \(float\); allowed: int"),
         ({"arm": "hinge"}, "`arm` is 'hinge'; allowed: none, hinge-frozen, hinge-refit"),
         ({"vectors": ""}, "`vectors` is not set; give the folder that `calibrate extract` wrote"),
@@ -63,14 +64,26 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ({"penalty": "l2"}, "`penalty` is 'l2'; allowed: hinge, absolute, squared, change, set-point, cosine"),
         ({"ceiling": "low"}, "`ceiling` is 'low'; allowed: reduce, prevent, both"),
         ({"tool_weight": 0.5}, "`tool_weight` is 0.5; allowed: 0 to 0.25"),
+        ({"tool_weight": -0.1}, "`tool_weight` is -0.1; allowed: 0 to 0.25"),
         ({"rank": 9}, "`rank` is 9; allowed: 1 to 8"),
+        ({"rank": 0}, "`rank` is 0; allowed: 1 to 8"),
+        ({"concepts": ["sad", "sad"]}, r"`concepts` is \['sad', 'sad'\]; allowed: at least one, each once"),
+        ({"stop_when_met": 1}, r"`stop_when_met` is 1 \(int\); allowed: bool"),
+        ({"twins": 3}, r"`twins` is 3 \(int\); allowed: str or nothing"),
         ({"raise_concepts": ["calm", "calm"]}, "`raise_concepts` is .*; allowed: at least one, each once"),
         ({"raise_concepts": ["desperate"]}, "`concepts` and `raise_concepts` both hold desperate; allowed: one of"),
         ({"levels": {"calm": 1.0}}, "`levels` names calm; allowed: the targets desperate"),
         ({"levels": {"desperate": "low"}}, r"`levels` is .* \(dict\); allowed: dict\[str, float\]"),
+        ({"levels": {1: 1.0}}, r"`levels` is \{1: 1.0\} \(dict\); allowed: dict\[str, float\]"),
+        ({"levels": {"desperate": float("nan")}}, r"`levels` is \{'desperate': nan\}; allowed: finite numbers"),
         ({"levels": {"desperate": 1.0}, "ceiling": "both"}, "`levels` are ceilings of the targets in mode `reduce`"),
+        ({"levels": {"desperate": 1.0}, "arm": "random"}, "`levels` are ceilings.*remove them, or the other option"),
         ({"arm": "shuffled"}, "`arm: shuffled` needs `shuffled_vectors`; make them with `calibrate extract MODEL"),
         ({"arm": "other-emotion", "other_concept": "desperate"}, "`other_concept` is 'desperate', a target itself"),
+        (
+            {"arm": "other-emotion", "raise_concepts": ["nostalgic"]},
+            "`other_concept` is 'nostalgic', a target itself; give another emotion",
+        ),
         (
             {"arm": "random", "penalty": "squared"},
             "`arm: random` is matched by its hinge; `penalty: squared` has none",
@@ -91,15 +104,60 @@ def test_a_bad_option_is_named_with_what_is_allowed(tmp_path, options, message):
         parse(tmp_path, **options)
 
 
+AT_LEAST_ONE = ["text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts"]
+AT_LEAST_ONE += ["refit_every", "refit_stories"]
+ABOVE_ZERO = ["huber_delta", "header_weight", "reply_weight"]
+NOT_NEGATIVE = [*ANCHORS, "same_kl_weight", "penalty_share", "penalty_weight", "penalty_warmup_steps", "corridor"]
+NOT_NEGATIVE += ["ceiling_margin", "refit_turns", "steer_dose", "set_point"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [(name, 0, "1 or more") for name in AT_LEAST_ONE]
+    + [(name, 0.0, "above 0") for name in ABOVE_ZERO]
+    + [(name, -1, "0 or more") for name in NOT_NEGATIVE],
+)
+def test_every_number_has_a_range(tmp_path, option, value, allowed):
+    with pytest.raises(ValueError, match=f"`{option}` is {value}; allowed: {allowed}$"):
+        parse(tmp_path, **{option: value})
+    assert getattr(parse(tmp_path, **{option: value + 1}), option) == value + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"penalty": "change", "penalty_weight": 0.1},
+        {"penalty": "change", "arm": "none"},
+        {"penalty": "set-point"},
+        {"ceiling": "prevent", "penalty_weight": 0.1},
+        {"ceiling": "prevent", "arm": "output-kl"},
+        {"ceiling": "both", "ceiling_margin": 0.5},
+        {"arm": "shuffled", "shuffled_vectors": "v"},
+        {"arm": "other-emotion", "other_concept": "sad"},
+        {"other_concept": "desperate"},  # of another arm, so never used
+    ],
+)
+def test_what_fits_together_is_taken(tmp_path, options):
+    parsed = parse(tmp_path, **options)
+    assert {name: getattr(parsed, name) for name in options} == options
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"reading_use": "loss"}, "`reading_use` is 'loss'; allowed: reward, aux, both"),
         ({"reading_by": "judge"}, "`reading_by` is 'judge'; allowed: reference, policy"),
         ({"reading_reward": 0.0}, "`reading_reward` is 0.0; allowed: above 0"),
+        ({"group_sd_floor": 0.0}, "`group_sd_floor` is 0.0; allowed: above 0"),
+        ({"top_share": 0.0}, "`top_share` is 0.0; allowed: above 0"),
         ({"top_share": 1.5}, "`top_share` is 1.5; allowed: 0 to 1"),
+        ({"auroc_gate": True}, r"`auroc_gate` is True \(bool\); allowed: float"),
+        ({"auroc_gate": -0.1}, "`auroc_gate` is -0.1; allowed: 0 to 1"),
         ({"auroc_gate": 2.0}, "`auroc_gate` is 2.0; allowed: 0 to 1"),
-        ({"arm": "hinge-refit"}, "`arm: hinge-refit` works through the loss.*set `reading_use: aux`"),
+        *(
+            ({"arm": arm}, f"`arm: {arm}` works through the loss.*set `reading_use: aux`, or `arm: hinge-frozen`$")
+            for arm in ("hinge-refit", "hinge-retrain", "hinge-union", "consistency", "output-kl")
+        ),
         ({"penalty": "l2"}, "`penalty` is 'l2'; allowed"),
     ],
 )
@@ -113,8 +171,11 @@ def test_every_config_takes_the_calibration_options(tmp_path):
     for kind in CONFIGS:
         parsed = parse(tmp_path, kind, **options)
         assert (parsed.levels, parsed.raise_concepts) == ({"desperate": -0.5, "calm": 1}, ["calm"])
+        assert parsed.arm == ("hinge-frozen" if kind == "grpo" else "hinge-refit")
     assert parse(tmp_path, "grpo").is_plain()  # readings in the reward alone
-    assert not parse(tmp_path, "grpo", reading_use="aux").is_plain()
+    for use in ("aux", "both"):
+        assert not parse(tmp_path, "grpo", reading_use=use, arm="hinge-refit").is_plain()
+        assert parse(tmp_path, "grpo", reading_use=use, arm="none").is_plain()
 
 
 def test_arms_without_terms_are_plain(tmp_path):
@@ -123,7 +184,9 @@ def test_arms_without_terms_are_plain(tmp_path):
     assert plain == {
         Arm.NONE, Arm.INOCULATION, Arm.CALM_DPO, Arm.INFERENCE_STEERING, Arm.EXIT_OPTION, Arm.STEER, Arm.ABLATE
     }  # fmt: skip
-    assert parse(tmp_path, arm="output-kl", kl_weight=0.0).is_plain()
+    # Of the KL alone nothing is left without its weights, whatever the penalty has.
+    assert parse(tmp_path, arm="output-kl", kl_weight=0.0, penalty_weight=1.0).is_plain()
+    assert not parse(tmp_path, arm="output-kl", kl_weight=0.0, same_kl_weight=1.0).is_plain()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +199,7 @@ def test_arms_without_terms_are_plain(tmp_path):
         (NO_ANCHORS | {"penalty_share": 0.0}, True),
         (NO_ANCHORS | {"penalty_weight": 0.0}, True),  # overrides the share
         (NO_ANCHORS | {"penalty_share": 0.0, "penalty_weight": 0.1}, False),
-        (NO_ANCHORS | {"penalty_share": 0.0, "concept_weight": 1.0}, False),
+        *((NO_ANCHORS | {"penalty_share": 0.0, name: 1.0}, False) for name in [*ANCHORS, "same_kl_weight"]),
     ],
 )
 def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):

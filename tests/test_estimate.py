@@ -94,6 +94,7 @@ def test_other_arms(make, options, terms):  # noqa: F811
     assert (found.text_tokens > 0) == terms
     assert (found.reference > 0) == terms
     assert ("with the calibration terms" in found.text()) == terms
+    assert found.timed == 4
 
 
 @pytest.mark.parametrize("kind", [CalibratedSFTTrainer, CalibratedGRPOTrainer])

@@ -11,14 +11,23 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
-RECIPE, YAML = ROOT / "recipes" / "dpo.py", ROOT / "recipes" / "smollm2-135m" / "dpo.yaml"
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "single_cpu.yaml")]
+# The tiny tokenizer needs more tokens for a text; the tiny model's readings tell nothing, so no gate.
+OWN = {
+    "dpo": {"max_pairs": 4, "max_length": 2048},
+    "sft": {"max_pairs": 4, "max_length": 2048},
+    "grpo": {"auroc_gate": 0, "max_completion_length": 8},
+}
 
 
-def arguments(model, vectors, output, change=None) -> list[str]:
-    """The recipe's arguments for two steps on the first two tasks; the tiny tokenizer needs more tokens for a text."""
-    options = {"config": YAML, "model_name_or_path": model, "vectors": vectors, "output_dir": output, "max_steps": 2}
-    options |= {"max_tasks": 2, "max_pairs": 4, "max_length": 2048} | (change or {})
+def recipe(kind: str) -> Path:
+    return ROOT / "recipes" / f"{kind}.py"
+
+
+def arguments(kind, model, vectors, output, change=None) -> list[str]:
+    """A recipe's arguments for two steps on the first two tasks."""
+    options = {"config": ROOT / "recipes" / "smollm2-135m" / f"{kind}.yaml", "model_name_or_path": model}
+    options |= {"vectors": vectors, "output_dir": output, "max_steps": 2, "max_tasks": 2} | OWN[kind] | (change or {})
     return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
 
@@ -26,10 +35,13 @@ def run(*words) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "logged"), [("dpo", "logps/chosen"), ("sft", "entropy"), ("grpo", "rewards/tests_pass/mean")]
+)
+def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, tmp_path, kind, logged):
     output = tmp_path / "run"
-    command = arguments(tiny_folder, tiny_vectors, output)
-    first = run(*LAUNCH, RECIPE, *command)
+    command = arguments(kind, tiny_folder, tiny_vectors, output)
+    first = run(*LAUNCH, recipe(kind), *command)
     assert first.returncode == 0, first.stderr
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
     adapter = load_file(output / "adapter_model.safetensors")
@@ -39,16 +51,17 @@ def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, t
     name = next(iter(adapter))
     assert torch.equal(loaded.get_parameter(name.replace(".weight", ".default.weight")), adapter[name])
     log = json.loads((output / "calibration" / "finished.json").read_text())
-    assert [row["step"] for row in log if "calibration/penalty" in row] == [1, 2]
+    for name in (logged, "rewards/reading/mean" if kind == "grpo" else "calibration/penalty"):
+        assert [row["step"] for row in log if name in row] == [1, 2], name
 
     # Without the launcher it is the same run.
     written = (output / "adapter_model.safetensors").stat().st_mtime_ns
-    again = run(RECIPE, *command)
+    again = run(recipe(kind), *command)
     assert again.returncode == 0, again.stderr
     assert f"{output} already holds this run, finished; nothing to do" in again.stdout
     assert (output / "adapter_model.safetensors").stat().st_mtime_ns == written
 
-    wrong = run(RECIPE, *arguments(tiny_folder, tiny_vectors, tmp_path / "other", {"penalty_share": -1}))
+    wrong = run(recipe(kind), *arguments(kind, tiny_folder, tiny_vectors, tmp_path / "other", {"penalty_share": -1}))
     assert wrong.returncode != 0
     errors = [line for line in wrong.stderr.splitlines() if "error" in line.lower()]
     assert errors == ["error: `penalty_share` is -1.0; allowed: 0 or more"]
@@ -57,28 +70,36 @@ def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, t
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "change", "message"),
     [
-        ({"config": "missing.yaml"}, "error: .*No such file or directory: 'missing.yaml'"),
-        ({"config": "broken.yaml"}, "error: while parsing a flow sequence .*broken.yaml.*line 1"),
-        ({"config": "unknown.yaml"}, "error: Unknown arguments from config file: .*--hinge_wieght"),
-        ({"model_name_or_path": "./missing"}, "error: model './missing': no folder with config.json"),
-        ({"vectors": "./missing"}, "error: vectors './missing': no model.safetensors there"),
+        ("dpo", {"config": "missing.yaml"}, "error: .*No such file or directory: 'missing.yaml'"),
+        ("dpo", {"config": "broken.yaml"}, "error: while parsing a flow sequence .*broken.yaml.*line 1"),
+        ("dpo", {"config": "unknown.yaml"}, "error: Unknown arguments from config file: .*--hinge_wieght"),
+        ("dpo", {"model_name_or_path": "./missing"}, "error: model './missing': no folder with config.json"),
+        ("dpo", {"vectors": "./missing"}, "error: vectors './missing': no model.safetensors there"),
         (
+            "dpo",
             {"lora_dropout": 0.1},
             "error: `lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0",
         ),
-        ({"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
-        ({"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
+        ("dpo", {"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
+        ("dpo", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
+        ("sft", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
+        ("sft", {"max_length": 16}, "error: no training example is left: with `max_length` 16 every prompt is cut"),
+        ("grpo", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
+        ("grpo", {"arm": "hinge-refit"}, "error: `arm: hinge-refit` works through the loss"),
+        ("grpo", {"auroc_gate": 1.0}, r"error: the reading tells \d+ gaming from honest replies with an AUROC of"),
+        ("grpo", {"repairs": "missing.jsonl"}, "error: missing.jsonl: no such file; give the path of a JSONL file"),
     ],
 )
-def test_a_mistake_is_one_line(tiny_folder, tiny_vectors, tmp_path, monkeypatch, change, message):
+def test_a_mistake_is_one_line(tiny_folder, tiny_vectors, tmp_path, monkeypatch, kind, change, message):
     """In process: the script's own `__main__` part."""
     monkeypatch.chdir(tmp_path)
     Path("broken.yaml").write_text("layers: [1, 2\n")
     Path("unknown.yaml").write_text("hinge_wieght: 0.3\nuse_cpu: true\n")
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments(tiny_folder, tiny_vectors, "run", change)])
+    script = str(recipe(kind))
+    monkeypatch.setattr(sys, "argv", [script, *arguments(kind, tiny_folder, tiny_vectors, "run", change)])
     with pytest.raises(SystemExit, match=message) as caught:
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     assert "\n" not in caught.value.code
     assert not list(tmp_path.glob("run/*.safetensors"))

@@ -26,7 +26,7 @@ class CalibrationConfig:
     arm: str = _option("hinge-refit", f"Way of training: {', '.join(Arm)} (recipes/README.md says what each does).")
     concepts: list[str] = _option([TARGET], "Concepts whose readings are lowered.")
     raise_concepts: list[str] = _option([], "Concepts whose readings are raised, such as calm.")
-    levels: dict[str, float] = _option({}, "Concept -> its own ceiling (or floor, where it is raised), in sigma; YAML only.")
+    levels: dict[str, float] = _option({}, "YAML only: concept -> its own ceiling (floor, where it is raised), sigma.")
     layers: list[int] | None = _option(None, "Layers to read, counted from 0. Default: the band of the vectors.")
     rank: int = _option(1, f"Directions for each concept: itself and its nearest neighbours; at most {arms.MAX_RANK}.")
     penalty: str = _option("hinge", f"Shape of the penalty: {', '.join(losses.SHAPES)}.")
@@ -106,6 +106,8 @@ class CalibrationConfig:
         targets = [*self.concepts, *self.raise_concepts]
         if unknown := sorted(set(self.levels) - set(targets)):
             raise ValueError(f"`levels` names {', '.join(unknown)}; allowed: the targets {', '.join(targets)}")
+        if not all(map(math.isfinite, self.levels.values())):
+            raise ValueError(f"`levels` is {self.levels}; allowed: finite numbers")
 
     def _check_together(self) -> None:
         """Options that exclude or need one another."""

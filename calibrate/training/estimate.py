@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from calibrate.training.arms import Arm
 
 KIB, MIB = 2**10, 2**20
+LEAST_TIMED = 4  # micro-steps with the calibration terms, and as many without: single batches differ in length
 
 
 class Estimate(NamedTuple):
@@ -121,14 +122,15 @@ def _sizes(model: Any) -> dict[str, int]:
 
 
 def _run(trainer: Any) -> tuple["_Timer", list[int]]:
-    """One step to warm up, then as many as hold every kind of calibration micro-step, then as many of the task alone.
+    """One step to warm up, then some in which text anchors have their share, then as many of the task alone.
 
     Returns:
         The times, and the task's tokens in each micro-batch.
     """
     args, objective = trainer.args, trainer._calibration
-    every = args.text_anchor_every if objective else 1
-    timer = _Timer(trainer, every // math.gcd(every, args.gradient_accumulation_steps))
+    every, accumulation = args.text_anchor_every if objective else 1, args.gradient_accumulation_steps
+    cycle = every // math.gcd(every, accumulation)  # steps after which the text anchors come round
+    timer = _Timer(trainer, cycle * math.ceil(LEAST_TIMED / (cycle * accumulation)))
     args.max_steps = 1 + (2 if objective else 1) * timer.count
     refit_every, args.refit_every = args.refit_every, sys.maxsize  # timed by itself
     # Neither reporters, nor checkpoints and evaluation, which the default callbacks start.
