@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_recipes import LAUNCH, RECIPE, arguments, run
+from test_recipes import LAUNCH, arguments, recipe, run
 from test_trainer_kinds import make as make_kind  # noqa: F401  (a fixture)
 from test_trainers import NO_TEXTS, PAIRS, TWINS, make  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
@@ -108,10 +108,10 @@ def test_other_trainers(make_kind, kind):  # noqa: F811
     assert found.task_tokens > 50
 
 
-def recipe(monkeypatch, *words: str) -> None:
+def in_process(monkeypatch, *words: str) -> None:
     """The script's own `__main__` part, in this process."""
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *words])
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(recipe("dpo")), *words])
+    runpy.run_path(str(recipe("dpo")), run_name="__main__")
 
 
 def figures(text: str) -> dict[str, str]:
@@ -127,7 +127,11 @@ def test_the_recipe_end_to_end(tiny_folder, tiny_vectors, tmp_path, monkeypatch)
     aside, output = tmp_path / "tmp", tmp_path / "run"
     aside.mkdir()
     monkeypatch.setenv("TMPDIR", str(aside))
-    dry = run(*LAUNCH, RECIPE, *arguments(tiny_folder, tiny_vectors, output, {"dry_run": "true", "save_steps": 1}))
+    dry = run(
+        *LAUNCH,
+        recipe("dpo"),
+        *arguments("dpo", tiny_folder, tiny_vectors, output, {"dry_run": "true", "save_steps": 1}),
+    )
     assert dry.returncode == 0, dry.stderr
     assert not output.exists()
     assert not list(aside.glob("calibrate-*"))  # the temporary folder is gone with the process
@@ -144,20 +148,20 @@ def test_a_dry_run_changes_no_real_one(tiny_folder, tiny_vectors, tmp_path, monk
     weights = []
     for name in ("after", "fresh"):
         monkeypatch.setenv("CALIBRATE_CACHE", str(tmp_path / f"{name}-cache"))
-        words = arguments(tiny_folder, tiny_vectors, tmp_path / name)
+        words = arguments("dpo", tiny_folder, tiny_vectors, tmp_path / name)
         if name == "after":
             with monkeypatch.context() as patch:
                 patch.setattr(runs, "finish", None)  # nothing but the measured steps is run
                 recipe(patch, *words, "--dry_run", "true", "--push_to_hub", "true")
             assert "whole run" in figures(capsys.readouterr().out)
             assert not (tmp_path / name).exists()
-        recipe(monkeypatch, *words)
+        in_process(monkeypatch, *words)
         weights.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert "dry_run" not in json.loads((tmp_path / "after" / "calibration" / "options.json").read_text())
 
     before = times(tmp_path / "after")
     capsys.readouterr()
-    recipe(monkeypatch, *arguments(tiny_folder, tiny_vectors, tmp_path / "after", {"dry_run": "true"}))
+    in_process(monkeypatch, *arguments("dpo", tiny_folder, tiny_vectors, tmp_path / "after", {"dry_run": "true"}))
     assert figures(capsys.readouterr().out)["whole run"].startswith("2 optimiser steps")
     assert times(tmp_path / "after") == before

@@ -210,7 +210,7 @@ def test_training_is_the_same_bit_for_bit_and_so_are_the_trainers_own_rows(make,
 
 
 def test_it_reads_at_its_steps_only_and_in_evaluation_mode_without_gradients(make):
-    passes = []
+    passes, later = [], []
     trainer, found = make(every=3, max_steps=7)
 
     def note(module, inputs, output):
@@ -218,7 +218,6 @@ def test_it_reads_at_its_steps_only_and_in_evaluation_mode_without_gradients(mak
             passes.append((trainer.state.global_step, output.requires_grad))
 
     models.blocks(trainer.model)[2].register_forward_hook(note)
-    later = []
     models.blocks(trainer.model)[3].register_forward_hook(lambda module, *_: later.append(module.training))
     trainer.train()
     assert passes == [(step, False) for step in (0, 3, 6)]  # one pass holds all texts

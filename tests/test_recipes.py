@@ -38,7 +38,7 @@ def run(*words) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("kind", "logged"), [("dpo", "logps/chosen"), ("sft", "entropy"), ("grpo", "rewards/tests_pass/mean")]
 )
-def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, tmp_path, kind, logged):
+def test_two_steps_then_nothing_to_do(tiny_folder, tiny_vectors, tmp_path, monkeypatch, capsys, kind, logged):
     output = tmp_path / "run"
     command = arguments(kind, tiny_folder, tiny_vectors, output)
     first = run(*LAUNCH, recipe(kind), *command)
@@ -56,12 +56,14 @@ def test_two_steps_then_nothing_to_do_then_an_error(tiny_folder, tiny_vectors, t
 
     # Without the launcher it is the same run.
     written = (output / "adapter_model.safetensors").stat().st_mtime_ns
-    again = run(recipe(kind), *command)
-    assert again.returncode == 0, again.stderr
-    assert f"{output} already holds this run, finished; nothing to do" in again.stdout
+    monkeypatch.setattr(sys, "argv", [str(recipe(kind)), *command])
+    runpy.run_path(str(recipe(kind)), run_name="__main__")
+    assert f"{output} already holds this run, finished; nothing to do" in capsys.readouterr().out
     assert (output / "adapter_model.safetensors").stat().st_mtime_ns == written
 
-    wrong = run(recipe(kind), *arguments(kind, tiny_folder, tiny_vectors, tmp_path / "other", {"penalty_share": -1}))
+
+def test_a_refused_option_is_one_line_of_a_failing_command(tiny_folder, tiny_vectors, tmp_path):
+    wrong = run(recipe("dpo"), *arguments("dpo", tiny_folder, tiny_vectors, tmp_path / "other", {"penalty_share": -1}))
     assert wrong.returncode != 0
     errors = [line for line in wrong.stderr.splitlines() if "error" in line.lower()]
     assert errors == ["error: `penalty_share` is -1.0; allowed: 0 or more"]

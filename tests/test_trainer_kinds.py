@@ -71,6 +71,13 @@ def test_sft_adds_the_terms_with_an_adapter_and_in_full(make, lora):
     assert last["calibration/anchor"] > 1e-9
 
 
+def test_under_bf16_the_reference_is_read_as_the_training_passes_are(make):
+    """Else the anchors would start at the rounding of bf16, about 1e-4 here, and not at zero."""
+    first = train(make(CalibratedSFTTrainer, bf16=True, max_steps=1, text_anchor_every=1))[0]
+    assert first["calibration/anchor"] < 1e-7
+    assert first["calibration/kl"] < 1e-6
+
+
 def test_accumulation_scales_the_terms_once(make):
     """SFT's own loss is divided by the tokens of all micro-steps; the terms by their number."""
     options = {"arm": "hinge-frozen", "penalty_weight": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 2}

@@ -49,7 +49,10 @@ class Objective:
                 f"`tool_weight` is {self.args.tool_weight}, but a context has no tool result; set it to 0"
             )
         self.tap = activations.Tap(model, self.layers)
-        self.reference = readings.reference(model, probes, self.layers, self._role_weights, weight_hash)
+        # Read as the training passes are: under bf16 the reference differs by more than rounding.
+        identity = f"{weight_hash} {self.accelerator.mixed_precision}"
+        with self.accelerator.autocast():
+            self.reference = readings.reference(model, probes, self.layers, self._role_weights, identity)
         main = self.accelerator.is_main_process
         self.pressure = Pressure(self.args, vectors, self.layers, self.reference, len(self.failing), main)
         concepts = [*self.args.concepts, *self.args.raise_concepts]
@@ -57,10 +60,11 @@ class Objective:
         self.side = readings.Reader(
             vectors, arms.side_directions(vectors, targets, concepts, self.layers), self.layers
         )
-        self.anchors = self._anchors(model, tokenizer, data, concepts, weight_hash)
+        with self.accelerator.autocast():
+            self.anchors = self._anchors(model, tokenizer, data, concepts, identity)
         if self.args.arm in arms.REFITTED:
             sources = refit.sources_of(tokenizer, self.args, data.stories, [failing for failing, _ in data.twins])
-            with models.as_reference(model):
+            with models.as_reference(model), self.accelerator.autocast():
                 self.pressure.follow(sources, lambda texts: self._mean_states(model, texts))
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._step, self._micro = -1, 0
@@ -94,7 +98,7 @@ class Objective:
             )
         return layers
 
-    def _anchors(self, model: Any, tokenizer: Any, data: Data, concepts: list[str], weight_hash: str):
+    def _anchors(self, model: Any, tokenizer: Any, data: Data, concepts: list[str], identity: str):
         args, seed, texts = self.args, self.args.seed, {}
         if args.kl_weight:
             passing = [passing for _, passing in data.twins]
@@ -103,7 +107,7 @@ class Objective:
             texts["story"] = anchors.story_texts(tokenizer, data.stories, concepts, args.anchor_texts, seed)
         if args.same_kl_weight:
             texts["same"] = anchors.same_texts(self.failing)
-        return anchors.Anchors(model, texts, self.tap, weight_hash) if texts else None
+        return anchors.Anchors(model, texts, self.tap, identity) if texts else None
 
     def _mean_states(self, model: Any, texts: list[refit.Text]) -> Tensor:
         """Mean state of each text's tokens in the model as it is, [texts, layers, hidden]."""
