@@ -152,7 +152,7 @@ def test_a_dry_run_changes_no_real_one(tiny_folder, tiny_vectors, tmp_path, monk
         if name == "after":
             with monkeypatch.context() as patch:
                 patch.setattr(runs, "finish", None)  # nothing but the measured steps is run
-                recipe(patch, *words, "--dry_run", "true", "--push_to_hub", "true")
+                in_process(patch, *words, "--dry_run", "true", "--push_to_hub", "true")
             assert "whole run" in figures(capsys.readouterr().out)
             assert not (tmp_path / name).exists()
         in_process(monkeypatch, *words)
