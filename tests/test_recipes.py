@@ -3,9 +3,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,9 @@ OWN = {
     "sft": {"max_pairs": 4, "max_length": 2048},
     "grpo": {"auroc_gate": 0, "max_completion_length": 8},
 }
+
+
+PARTS = ("peft_config", "data", "pairs", "resume_from")  # of a run, beside its checkpoint
 
 
 def recipe(kind: str) -> Path:
@@ -105,3 +110,36 @@ def test_a_mistake_is_one_line(tiny_folder, tiny_vectors, tmp_path, monkeypatch,
         runpy.run_path(script, run_name="__main__")
     assert "\n" not in caught.value.code
     assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+def test_grpo_rewards_the_tests_of_each_training_task(tmp_path, monkeypatch):
+    """Two training tasks with files of their own, one of another split: mended code passes its own task's test."""
+    rows = [
+        {"id": name, "task": name, "split": split, "prompt": [{"role": "user", "content": f"Mend {name}."}],
+         "files": {f"{name}.py": "def value():\n    return 0\n", f"test_{name}.py": test}, "code_file": f"{name}.py",
+         "command": ["python", f"test_{name}.py"]}
+        for name, split, test in (
+            ("one", "train", "from one import value\nassert value() == 1\n"),
+            ("two", "train", "from two import value\nassert value() == 2\n"),
+            ("three", "audit", "from three import value\n"),
+        )
+    ]  # fmt: skip
+    args = SimpleNamespace(repairs=write_jsonl(tmp_path / "repairs.jsonl", rows), max_tasks=None)
+    made = {}
+    main = runpy.run_path(str(recipe("grpo")))["main"]
+    run = SimpleNamespace(checkpoint=SimpleNamespace(model=0, tokenizer=0, weight_hash=""), **dict.fromkeys(PARTS))
+    monkeypatch.setitem(main.__globals__, "CalibratedGRPOTrainer", lambda **options: made.update(options))
+    monkeypatch.setitem(
+        main.__globals__, "runs", SimpleNamespace(prepare=lambda *_: run, train=lambda *_: None, FINISHED="finished")
+    )
+    main(args, None)
+    dataset, reward = made["train_dataset"], made["reward_funcs"]
+    assert [row[0]["content"] for row in dataset["prompt"]] == ["Mend one.", "Mend two."]
+    columns = {name: dataset[name] for name in dataset.column_names if name != "prompt"}
+    for values, rewards in (((1, 2), [1, 1]), ((2, 2), [0, 1]), ((0, 0), [0, 0])):
+        replies = [f"```python\ndef value():\n    return {value}\n```" for value in values]
+        found = reward([[{"role": "assistant", "content": reply}] for reply in replies], **columns)
+        assert found == rewards
+    args.max_tasks = 1
+    main(args, None)
+    assert len(made["train_dataset"]) == 1
