@@ -11,7 +11,7 @@ from calibrate.concepts import TARGET
 # Verb -> module below `calibrate.commands`, imported on use: `--help` loads neither torch nor transformers.
 HOMES = {
     "extract": "vectors", "read": "vectors", "export": "vectors", "audit": "audit", "compare": "audit",
-    "check": "corpus", "write": "corpus",
+    "check": "corpus", "write": "corpus", "import": "corpus",
 }  # fmt: skip
 RECIPES = ("paper", "plain", "contrastive", "logistic", "random", "shuffled")  # described in calibrate/extraction.py
 
@@ -22,7 +22,8 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     verb = arguments.corpus_verb if arguments.verb == "corpus" else arguments.verb
     try:
-        getattr(import_module(f"calibrate.commands.{HOMES[verb]}"), verb)(arguments)
+        home = import_module(f"calibrate.commands.{HOMES[verb]}")
+        getattr(home, "import_" if verb == "import" else verb)(arguments)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -128,7 +129,7 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, talk: argparse.ArgumentP
 
 
 def _add_corpus(verbs, talk: argparse.ArgumentParser) -> None:
-    corpus = verbs.add_parser("corpus", help="check a corpus, or write one with a model of your own")
+    corpus = verbs.add_parser("corpus", help="check a corpus, write one with a model of your own, import transcripts")
     inner = corpus.add_subparsers(dest="corpus_verb", required=True)
     check = inner.add_parser("check", parents=[talk], help="counts, balance, leaks, near-duplicates, lengths, spans")
     for kind in ("stories", "neutral", "deflection", "ladders"):
@@ -147,6 +148,26 @@ def _add_corpus(verbs, talk: argparse.ArgumentParser) -> None:
     write.add_argument("--seed", type=int, default=0)
     write.add_argument("--temperature", type=float, default=1.0)
     write.add_argument("--top-p", type=float, default=0.95)
+    _add_import(inner, talk)
+
+
+def _add_import(inner, talk: argparse.ArgumentParser) -> None:
+    three = inner.add_parser(
+        "import", parents=[talk], help="your agent transcripts -> failing contexts and their twins"
+    )
+    three.add_argument("files", nargs="+", type=Path, help="JSONL of OpenAI chats, or inspect logs as JSON")
+    three.add_argument("--out", type=Path, required=True, help="JSONL to write, for `twins` of a recipe")
+    three.add_argument("--model", help="whose chat template must take them: Hub id, folder, or `default`")
+    three.add_argument("--chat-template", type=Path, help="Jinja file, for a tokenizer without a chat template")
+    three.add_argument("--task-field", default="task", help="key of the task (default: %(default)s; in a log: its id)")
+    three.add_argument("--status-field", help="key of the outcome (default: status; in a log: its only scorer)")
+    three.add_argument("--failing", nargs="+", help="statuses that mean failing (default: failed, I, false, 0, ...)")
+    three.add_argument("--passing", nargs="+", help="statuses that mean passing (default: passed, C, true, 1, ...)")
+    three.add_argument("--reply", help="opening of the next turn that fits either outcome (default: a neutral one)")
+    three.add_argument("--split", choices=("train", "selection", "audit"), default="train")
+    three.add_argument(
+        "--plain-roles", action="store_true", help="for templates without tool or system: both speak as the user"
+    )
 
 
 if __name__ == "__main__":

@@ -61,15 +61,7 @@ def load(
     """
     source, adapter = _resolve(name)
     model, tokenizer = _open(name, source, revision=revision, trust_remote_code=trust_remote_code)
-    if chat_template is not None:
-        if not chat_template.is_file():
-            raise ValueError(f"{chat_template}: no such file; give the path of a Jinja chat template")
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
-            "`tokenizer.chat_template` and save it"
-        )
+    _set_template(tokenizer, name, chat_template)
     if source == str(default_folder()):
         # An adapter that is trained on it names its base by this, on any machine.
         model.name_or_path = model.config._name_or_path = DEFAULT_REPOSITORY
@@ -85,6 +77,31 @@ def load(
     blocks(model)  # raises where it finds none
     revision = getattr(model.config, "_commit_hash", None)
     return Checkpoint(_to_device(model.eval()), tokenizer, name, source, weight_hash, adapter_hash, revision)
+
+
+def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
+    """The tokenizer alone of what `load` takes, with the same errors."""
+    from transformers import AutoTokenizer
+
+    source, _ = _resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer of {name!r} cannot be loaded ({' '.join(str(error).split())})") from error
+    _set_template(tokenizer, name, chat_template)
+    return tokenizer
+
+
+def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None:
+    if chat_template is not None:
+        if not chat_template.is_file():
+            raise ValueError(f"{chat_template}: no such file; give the path of a Jinja chat template")
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
+            "`tokenizer.chat_template` and save it"
+        )
 
 
 def _to_device(model: Any) -> Any:

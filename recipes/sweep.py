@@ -7,7 +7,9 @@ python recipes/sweep.py --config recipes/smollm2-135m/dpo.yaml --arms none hinge
 ```
 
 Every step is skipped when its output is there, so the same command goes on after a stop and a longer list adds to what
-there is. Options after `--` go to the recipe (`-- --max_steps 20`).
+there is. A run that is in `--results` is not repeated: keep that folder, and a sweep goes on on another machine. Two
+sweeps of different arms may share one `--out`, once `before` is there. Options after `--` go to the recipe
+(`-- --max_steps 20`).
 """
 
 import argparse
@@ -20,6 +22,10 @@ from typing import Any
 
 import yaml
 
+from calibrate import corpora
+from calibrate.audit import readers
+from calibrate.audit.record import load_record
+from calibrate.concepts import TARGET
 from calibrate.training.arms import Arm
 
 HERE = Path(__file__).parent
@@ -57,56 +63,103 @@ def calibrate(*words: Any) -> None:
     call(sys.executable, "-m", "calibrate.cli", *words)
 
 
-def run_one(name: str, arm: str, options: dict[str, Any], arguments: argparse.Namespace, rest: list[str]) -> Path:
+def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, rest: list[str]) -> Path:
     """Trains, re-extracts and audits one run; returns the audit's folder."""
-    folder = arguments.out / name
+    folder, steer = arguments.out / name, []
+    if options["arm"] == Arm.INFERENCE_STEERING:  # trained as `none` is: the same model, steered while it is read
+        options, steer = options | {"arm": Arm.NONE}, ["--steer", *(f"{c}={dose}" for c, dose in STEERING.items())]
+        folder = arguments.out / name.replace(Arm.INFERENCE_STEERING, Arm.NONE)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.launcher]
     given = [word for key, value in options.items() for word in (f"--{key}", value)]
     call(
         *launch, HERE / f"{arguments.recipe}.py", "--config", arguments.config, *given,
         "--output_dir", folder / "model", *rest,
     )  # fmt: skip
-    vectors = arguments.vectors
-    calibrate("extract", folder / "model", "--out", folder / "vectors", "--splits", "audit", "--reference", vectors)
-    steer = [f"{concept}={dose}" for concept, dose in STEERING.items()] if arm == Arm.INFERENCE_STEERING else []
-    calibrate(
-        "audit", folder / "model", "--vectors", vectors, "--own-vectors", folder / "vectors" / "audit",
-        "--out", folder / "audit", "--max-pairs-per-task", 1, *_tasks(arguments),
-        *(["--steer", *steer] if steer else []),
-    )  # fmt: skip
+    own = extract(folder / "model", folder / "vectors", arguments)
+    audit(folder / "model", own, arguments.out / name / "audit", arguments, *steer)
+    return arguments.out / name / "audit"
+
+
+def extract(model: Any, folder: Path, arguments: argparse.Namespace) -> Path:
+    """Re-extracts a model's own directions on the audit topics; returns their folder."""
+    stories = ["--stories", some_stories(arguments)] if arguments.stories_per_concept else []
+    calibrate("extract", model, "--out", folder, "--splits", "audit", "--reference", arguments.vectors, *stories)
     return folder / "audit"
 
 
-def _tasks(arguments: argparse.Namespace) -> list[Any]:
-    return ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
+def own_of_reference(arguments: argparse.Namespace) -> Any:
+    """The reference's directions on the audit topics, made as those of the runs are."""
+    if arguments.stories_per_concept:
+        return extract(arguments.model, arguments.out / "vectors", arguments)
+    # `calibrate extract MODEL --splits train audit --out FOLDER` makes both: FOLDER/train trains, FOLDER/audit audits.
+    return "default/audit" if arguments.vectors == "default" else Path(arguments.vectors).parent / "audit"
 
 
-def compare(before: Path, audits: dict[str, tuple[str, Path]]) -> list[dict[str, Any]]:
-    """One row for each run: its arm, and every figure of `COLUMNS` with its 95 % interval over tasks."""
-    from calibrate.audit import readers
-    from calibrate.audit.record import load_record
+def some_stories(arguments: argparse.Namespace) -> Path:
+    """Every audit story about the target, and `--stories-per-concept` about each other concept."""
+    path, kept = arguments.out / "stories.jsonl", []
+    for story in (story for story in corpora.load_stories() if story.split == "audit"):
+        same = sum(other.concept == story.concept for other in kept)
+        if story.concept == TARGET or same < arguments.stories_per_concept:
+            kept.append(story)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    put(path, "\n".join(json.dumps(story._asdict()) for story in kept))
+    return path
 
-    reference = load_record(before)
-    rows = []
-    for name, (arm, folder) in audits.items():
-        change = readers.compare(reference, load_record(folder))
-        rows.append({"run": name, "arm": arm} | {key: getattr(change, key) for key in COLUMNS})
-    return rows
+
+def audit(model: Any, own: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
+    tasks = ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
+    calibrate(
+        "audit", model, "--vectors", arguments.vectors, "--own-vectors", own, "--out", out, "--max-pairs-per-task", 1,
+        *tasks, *more,
+    )  # fmt: skip
 
 
-def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """comparison.json, comparison.md and comparison.png, each written aside and renamed."""
+def put(path: Path, text: str) -> None:
+    """Writes a text file aside and renames it; several sweeps may write the same one."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.write_text(text + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def row_of(name: str, arm: str, before: Path, after: Path) -> dict[str, Any]:
+    """Name, arm, and every figure of `COLUMNS` with its 95 % interval over tasks."""
+    change = readers.compare(load_record(before), load_record(after))
+    return {"run": name, "arm": arm} | {key: getattr(change, key) for key in COLUMNS}
+
+
+def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Takes the results folder for these settings.
+
+    Raises:
+        ValueError: it holds the runs of other settings.
+    """
+    settings = {name: getattr(arguments, name) for name in ("recipe", "max_tasks", "stories_per_concept", "vectors")}
+    settings |= {"config": yaml.safe_load(arguments.config.read_text(encoding="utf-8")), "rest": rest}
+    path = arguments.results / "settings.json"
+    if not path.is_file():
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        put(path, json.dumps(settings, indent=1))
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if differing := sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key)):
+        raise ValueError(
+            f"{arguments.results} holds a sweep with other settings (differing: {', '.join(differing)}); choose "
+            "another `--results` or delete it"
+        )
+
+
+def write(folder: Path) -> None:
+    """comparison.md and comparison.png from every run in the results folder, arm by arm."""
 
     def cell(value) -> str:
         return "fall too small" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
 
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/row.json"))]
+    rows.sort(key=lambda row: list(Arm).index(row["arm"]))
     lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| {row['run']} | " + " | ".join(cell(row[key]) for key in COLUMNS) + " |" for row in rows]
-    for name, text in (("comparison.json", json.dumps(rows, indent=1)), ("comparison.md", "\n".join(lines))):
-        aside = out / f"{name}.partial"
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, out / name)
-    plot(rows, out / "comparison.png")
+    put(folder / "comparison.md", "\n".join(lines))
+    plot(rows, folder / "comparison.png")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -128,7 +181,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
     panels[0].invert_yaxis()
-    aside = path.with_suffix(".partial.png")
+    aside = path.with_suffix(f".{os.getpid()}.partial.png")
     figure.savefig(aside)
     os.replace(aside, path)
 
@@ -143,9 +196,14 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--draws", type=int, default=0, help="draws of the random arm in all, where more than seeds")
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
+    parser.add_argument(
+        "--stories-per-concept", type=int, help="re-extract from every story about the target and so many about others"
+    )
     parser.add_argument("--launcher", type=Path, default=HERE.parent / "accelerate_configs" / "single_cpu.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")
     arguments = parser.parse_args(own)
+    arguments.results = arguments.results or arguments.out
     recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
     return arguments, rest
@@ -153,18 +211,22 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(words: list[str]) -> None:
     arguments, rest = parse(words)
+    try:
+        claim(arguments, rest)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     before = arguments.out / "before"
-    # `calibrate extract MODEL --splits train audit --out FOLDER` makes both: FOLDER/train trains, FOLDER/audit audits.
-    own = "default/audit" if arguments.vectors == "default" else Path(arguments.vectors).parent / "audit"
-    calibrate(
-        "audit", arguments.model, "--vectors", arguments.vectors, "--own-vectors", own, "--out", before,
-        "--max-pairs-per-task", 1, *_tasks(arguments),
-    )  # fmt: skip
-    audits = {}
     for name, arm, options in runs(arguments.arms, arguments.seeds, arguments.draws):
-        audits[name] = (arm, run_one(name, arm, options, arguments, rest))
-        write(compare(before, audits), arguments.out)
-    print((arguments.out / "comparison.md").read_text(encoding="utf-8"))
+        row = arguments.results / name / "row.json"
+        if row.is_file():
+            print(f"{row}: this run is finished; nothing to do", flush=True)
+            continue
+        audit(arguments.model, own_of_reference(arguments), before, arguments)
+        found = row_of(name, arm, before, run_one(name, options, arguments, rest))
+        row.parent.mkdir(parents=True, exist_ok=True)
+        put(row, json.dumps(found, indent=1))
+        write(arguments.results)
+    print((arguments.results / "comparison.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""`calibrate corpus check` and `calibrate corpus write`."""
+"""`calibrate corpus check`, `calibrate corpus write` and `calibrate corpus import`."""
 
 import argparse
+import json
 import os
 
 KINDS = ("stories", "neutral", "deflection", "ladders")
@@ -52,3 +53,48 @@ def write(arguments: argparse.Namespace) -> None:
         writer = writers.model_writer(checkpoint, settings)
     tally = generation.write(writer, settings, concepts, topics, arguments.out, arguments.concurrency)
     print(f"{arguments.out}: {tally.pop('kept')} stories; refused in this run: {dict(tally) or 'none'}")
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    """Turns transcripts into twins, renders them with the model's template, and writes one file."""
+    from calibrate.corpora import imports
+
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out} exists; choose another `--out` or delete it")
+    failing, passing = (
+        tuple(status.lower() for status in given) if given else default
+        for given, default in ((arguments.failing, imports.FAILING), (arguments.passing, imports.PASSING))
+    )
+    found = []
+    for path in arguments.files:
+        found += imports.read(path, arguments.task_field, arguments.status_field)
+    if arguments.plain_roles:
+        found = [transcript._replace(messages=imports.plain(transcript.messages)) for transcript in found]
+    rows, left = imports.pair(found, failing, passing, arguments.reply or imports.REPLY, arguments.split)
+    lengths = _lengths(arguments, rows) if arguments.model else []
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = arguments.out.with_name(f"{arguments.out.name}.partial")
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, arguments.out)
+    tasks = len({row["task"] for row in rows})
+    print(f"{arguments.out}: {len(rows) // 2} twins of {tasks} tasks, from {len(found)} transcripts")
+    if left:
+        print(f"left out, with one outcome only: {len(left)} tasks ({', '.join(left[:5])}{', ...' * (len(left) > 5)})")
+    if lengths:
+        print(f"tokens with the reply: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
+
+
+def _lengths(arguments: argparse.Namespace, rows: list[dict]) -> list[int]:
+    """Tokens of every context, sorted; raises ValueError where the model's template does not take one."""
+    from calibrate import models, transcripts
+
+    tokenizer = models.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    lengths = []
+    for row in rows:
+        try:
+            lengths.append(len(transcripts.encode(tokenizer, row["messages"], row["reply"]).ids))
+        except ValueError as error:
+            raise ValueError(
+                f"{row['source']}: {error}; templates without a tool role need `--plain-roles`"
+            ) from error
+    return sorted(lengths)

@@ -51,6 +51,9 @@ class CalibrationConfig:
     )
     reply_tokens: int = _option(64, "Reply tokens that are read, from the first.")
     contexts_per_step: int = _option(1, "Failing contexts, and as many twins, per micro-step.")
+    max_context_tokens: int | None = _option(
+        None, "Leave out contexts that, with their reply, have more tokens than that: they cost memory and time."
+    )
     anchor_weight: float = _option(1.0, "Weight of the squared change of readings on passing twins.")
     side_weight: float = _option(0.01, "Weight of the squared change of the other emotions on failing contexts.")
     norm_weight: float = _option(1.0, "Weight of the guard on residual norms beyond 0.9 to 1.1 of the reference's.")
@@ -207,7 +210,7 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
 
 
 _AT_LEAST_ONE = ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts")
-_AT_LEAST_ONE += ("refit_every", "refit_stories")
+_AT_LEAST_ONE += ("refit_every", "refit_stories", "max_context_tokens")
 _ABOVE_ZERO = ("huber_delta", "header_weight", "reply_weight")
 _NOT_NEGATIVE = ("penalty_share", "penalty_weight", "anchor_weight", "side_weight", "norm_weight", "kl_weight")
 _NOT_NEGATIVE += ("concept_weight", "concept_kl_weight", "same_kl_weight", "corridor", "penalty_warmup_steps")

@@ -18,6 +18,7 @@ from calibrate.vectors import EmotionVectors, load_vectors
 logger = logging.getLogger(__name__)
 NORM_ALLOWED = 0.1  # share by which residual norms may differ from the reference's before the guard pays
 SMALLEST_PENALTY = 1e-8  # below it the first penalty is rounding between two passes of the same weights
+WEIGHING_BATCHES = 4  # batches of contexts whose penalty sets its weight: one alone may lie below the ceiling
 MET_WINDOW = 8  # optimiser steps over which readings are averaged to see whether the ceiling is met
 
 
@@ -39,10 +40,13 @@ class Objective:
         self.layers = self._check(model, vectors, data, weight_hash)
         self._role_weights = dict(zip(readings.ROLES, self.args.role_weights(), strict=True))
         tool = self.args.tool_weight > 0
-        self.failing, self.passing = (
+        both = [
             readings.prepare(tokenizer, [twin[side] for twin in data.twins], self.args.reply_tokens, tool)
             for side in (0, 1)
-        )
+        ]
+        kept = self._short_enough(both)
+        data = data._replace(twins=[data.twins[row] for row in kept])
+        self.failing, self.passing = ([side[row] for row in kept] for side in both)
         probes = self.failing + self.passing
         if tool and not all(probe.tool.stop > probe.tool.start for probe in probes):
             raise ValueError(
@@ -98,6 +102,21 @@ class Objective:
             )
         return layers
 
+    def _short_enough(self, both: list[list[readings.Probe]]) -> list[int]:
+        """Rows whose context and twin have `max_context_tokens` or fewer."""
+        longest = [max(map(len, (failing.ids, passing.ids))) for failing, passing in zip(*both, strict=True)]
+        most = self.args.max_context_tokens or max(longest)
+        kept = [row for row, length in enumerate(longest) if length <= most]
+        if not kept:
+            raise ValueError(
+                f"`max_context_tokens` is {most}, but the shortest context and twin have {min(longest)}; raise it"
+            )
+        if len(kept) < len(longest):
+            logger.info(
+                "%d of %d contexts have %d tokens or fewer; the others are left out", len(kept), len(longest), most
+            )
+        return kept
+
     def _anchors(self, model: Any, tokenizer: Any, data: Data, concepts: list[str], identity: str):
         args, seed, texts = self.args, self.args.seed, {}
         if args.kl_weight:
@@ -125,12 +144,12 @@ class Objective:
             self._step = step
             self._follow(model, step)
         micro_step = step * self.args.gradient_accumulation_steps + self._micro
+        if self.penalty_weight is None and self.args.arm != Arm.OUTPUT_KL:
+            self._set_penalty_weight(model, task_loss)
         terms = {} if self.args.arm == Arm.OUTPUT_KL else self._context_terms(model, micro_step)
         if self.anchors and micro_step % self.args.text_anchor_every == 0:
             index = micro_step // self.args.text_anchor_every
             terms |= self.anchors.terms(model, index, self.accelerator.device)
-        if self.penalty_weight is None and "penalty" in terms:
-            self._set_penalty_weight(task_loss, terms["penalty"])
         warmup = min(1.0, (step + 1) / max(1, self.args.penalty_warmup_steps))
         weights = self.args.term_weights() | {"penalty": (self.penalty_weight or 0.0) * warmup}
         for name, term in terms.items():
@@ -221,14 +240,26 @@ class Objective:
             rows.append(anchors.shuffled(list(range(total)), self.args.seed + epoch)[place])
         return rows
 
-    def _set_penalty_weight(self, task_loss: Tensor, penalty: Tensor) -> None:
-        """`penalty_share` times the ratio of gradient norms on the trained parameters, measured at the first step."""
+    def _set_penalty_weight(self, model: Any, task_loss: Tensor) -> None:
+        """`penalty_share` times the ratio of gradient norms on the trained parameters, measured before the first step.
+
+        The penalty's norm is the mean over the first batches of contexts.
+        """
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        norms = []
-        for loss in (task_loss, penalty):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            norms.append(torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt())
-        task, pressure = self.accelerator.reduce(torch.stack(norms), "mean").tolist()
+
+        def norm(loss: Tensor) -> Tensor:
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=loss is task_loss, allow_unused=True)
+            return torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt()
+
+        norms, penalties = [], []
+        for batch in range(WEIGHING_BATCHES):
+            term = self._context_terms(model, batch)["penalty"]
+            norms.append(norm(term))
+            penalties.append(term.detach())
+        self._metrics.clear()  # these passes are no step of the run
+        self._excess.clear()
+        found = torch.stack([norm(task_loss), torch.stack(norms).mean(), torch.stack(penalties).mean()])
+        task, pressure, penalty = self.accelerator.reduce(found, "mean").tolist()
         if penalty < SMALLEST_PENALTY:
             raise ValueError(
                 "the penalty is 0 at the first step, so `penalty_share` cannot set its weight; give `penalty_weight`, "

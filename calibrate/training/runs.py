@@ -55,12 +55,13 @@ def prepare(args: Any, model_args: Any) -> Run:
         estimate.set_aside(args)
     every = [twin for twin in corpora.load_twins(args.twins) if twin[0].split == "train"]
     twins = corpora.of_tasks(every, args.max_tasks)
-    places = {(failing.task, failing.context) for failing, _ in twins}
-    pairs = [pair for pair in corpora.load_pairs(args.pairs) if (pair.task, pair.context) in places]
+    # The pairs go with the contexts, where they are of the same conversations; a user's transcripts may have none.
+    left_out = {failing.task for failing, _ in every} - {failing.task for failing, _ in twins}
+    pairs = [p for p in corpora.load_pairs(args.pairs) if p.split == "train" and p.task not in left_out]
     pairs = corpora.spread(arms.prompts_of(args.arm, pairs), args.max_pairs)
     if not pairs:
         raise ValueError(
-            f"`arm: {args.arm}` finds no pairs of its kind on the contexts of `twins`; give others in `pairs`"
+            f'`arm: {args.arm}` finds no pairs of its kind with `"split": "train"`; give others in `pairs`'
         )
     dialogues = [dialogue for dialogue in corpora.load_neutral(args.neutral) if dialogue.split == "train"]
     stories = [story for story in corpora.load_stories(args.stories) if story.split == "train"]

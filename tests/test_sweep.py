@@ -1,0 +1,136 @@
+"""The sweep's own work: which runs, what is kept, what is repeated; every command is a double that writes nothing."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from calibrate import corpora
+from calibrate.audit.readers import Change
+from calibrate.stats import Interval
+
+ROOT = Path(__file__).parents[1]
+
+
+class Sweep:
+    """recipes/sweep.py with its commands written down instead of run, and figures that tell runs apart."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.commands: list[list[str]] = []
+        monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+        sys.modules.pop("sweep", None)
+        import sweep  # ty: ignore[unresolved-import]
+
+        self.module, self.out = sweep, tmp_path / "sweep"
+        self.config = tmp_path / "dpo.yaml"
+        self.config.write_text(yaml.safe_dump({"model_name_or_path": "tiny", "vectors": "vectors/train", "seed": 0}))
+        monkeypatch.setattr(sweep, "call", lambda *words: self.commands.append([str(word) for word in words]))
+        monkeypatch.setattr(sweep, "load_record", lambda folder: folder)
+        monkeypatch.setattr(sweep.readers, "compare", self.compare)
+
+    def compare(self, before, after):
+        assert before == self.out / "before"
+        fall = float(len(after.parent.name))
+        values = dict.fromkeys(Change._fields) | {"fall_failing": Interval(fall, fall - 1, fall + 1)}
+        return Change(**values)
+
+    def __call__(self, *words):
+        self.commands.clear()
+        self.module.main(["--config", str(self.config), "--out", str(self.out), *words])
+
+    def of(self, verb: str) -> list[list[str]]:
+        return [command for command in self.commands if verb in command]
+
+
+@pytest.fixture
+def sweep(monkeypatch, tmp_path):
+    return Sweep(monkeypatch, tmp_path)
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_runs_are_arms_by_seeds_and_the_random_arm_has_more_draws(sweep):
+    found = sweep.module.runs(["none", "random"], [0, 1], 4)
+    assert [(name, options) for name, _, options in found] == [
+        ("none-seed0", {"arm": "none", "seed": 0}),
+        ("none-seed1", {"arm": "none", "seed": 1}),
+        ("random-seed0", {"arm": "random", "seed": 0, "random_seed": 0}),
+        ("random-seed1", {"arm": "random", "seed": 1, "random_seed": 1}),
+        ("random-draw2", {"arm": "random", "seed": 0, "random_seed": 2}),
+        ("random-draw3", {"arm": "random", "seed": 0, "random_seed": 3}),
+    ]
+
+
+def test_a_run_is_trained_extracted_and_audited_with_the_options_after_the_dashes(sweep):
+    sweep("--arms", "hinge-refit", "--seeds", "3", "--max-tasks", "5", "--", "--max_steps", "2")
+    train, extract, audit = sweep.commands[1:]
+    folder = sweep.out / "hinge-refit-seed3"
+    assert train[-8:] == [
+        "--arm",
+        "hinge-refit",
+        "--seed",
+        "3",
+        "--output_dir",
+        str(folder / "model"),
+        "--max_steps",
+        "2",
+    ]
+    assert option(extract, "--reference") == option(audit, "--vectors") == "vectors/train"
+    assert option(audit, "--own-vectors") == str(folder / "vectors" / "audit")
+    assert option(audit, "--max-tasks") == "5"
+    before = sweep.commands[0]
+    assert (option(before, "audit"), option(before, "--own-vectors")) == ("tiny", "vectors/audit")
+
+
+def test_a_finished_run_is_not_repeated_and_a_longer_list_adds_to_the_comparison(sweep, tmp_path, capsys):
+    kept = ("--results", str(tmp_path / "kept"))
+    sweep("--arms", "random", *kept)
+    sweep("--arms", "random", "none", *kept)
+    assert {option(command, "--arm") for command in sweep.of("--arm")} == {"none"}
+    table = (tmp_path / "kept" / "comparison.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["none-seed0", "random-seed0"]  # in the arms' order
+    assert "12.00 [11.00, 13.00]" in table[3]
+    assert "fall too small" in table[3]
+    assert json.loads((tmp_path / "kept" / "random-seed0" / "row.json").read_text())["arm"] == "random"
+    assert (tmp_path / "kept" / "comparison.png").stat().st_size > 1000
+    assert "random-seed0/row.json: this run is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_steering_at_the_audit_takes_the_model_that_was_trained_without_an_arm(sweep):
+    sweep("--arms", "inference-steering")
+    (train,) = sweep.of("--arm")
+    assert (option(train, "--arm"), option(train, "--output_dir")) == ("none", str(sweep.out / "none-seed0" / "model"))
+    audit = sweep.commands[-1]
+    assert option(audit, "--steer") == "desperate=-0.05"
+    assert option(audit, "--out") == str(sweep.out / "inference-steering-seed0" / "audit")
+
+
+def test_fewer_stories_serve_the_reference_and_every_run_alike(sweep):
+    sweep("--arms", "none", "--stories-per-concept", "1")
+    extracted = sweep.of("extract")
+    assert [option(command, "extract") for command in extracted] == ["tiny", str(sweep.out / "none-seed0" / "model")]
+    assert {option(command, "--stories") for command in extracted} == {str(sweep.out / "stories.jsonl")}
+    kept = corpora.load_stories(sweep.out / "stories.jsonl")
+    every = [story for story in corpora.load_stories() if story.split == "audit"]
+    assert [story for story in kept if story.concept == "desperate"] == [s for s in every if s.concept == "desperate"]
+    others = [story.concept for story in kept if story.concept != "desperate"]
+    assert sorted(others) == sorted({story.concept for story in every} - {"desperate"})
+    assert option(sweep.commands[1], "--own-vectors") == str(sweep.out / "vectors" / "audit")
+
+
+def test_results_of_other_settings_are_refused(sweep):
+    sweep("--arms", "none")
+    with pytest.raises(SystemExit, match=r"holds a sweep with other settings \(differing: max_tasks, rest\); choose"):
+        sweep("--arms", "none", "--max-tasks", "3", "--", "--max_steps", "1")
+    assert sweep.commands == []
+
+
+def test_a_command_that_fails_ends_the_sweep_and_says_how_to_go_on():
+    module = runpy.run_path(str(ROOT / "recipes" / "sweep.py"))
+    with pytest.raises(SystemExit, match="ended with 3; call the same sweep again to go on"):
+        module["call"](sys.executable, "-c", "raise SystemExit(3)")
