@@ -20,17 +20,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from calibrate import corpora
+from calibrate import corpora, stats
 from calibrate.audit import readers
-from calibrate.audit.record import load_record
+from calibrate.audit.record import Record, load_record
 from calibrate.concepts import TARGET
-from calibrate.training.arms import Arm
+from calibrate.training.arms import HINGED, Arm
 
 HERE = Path(__file__).parent
 STEERING = {"desperate": -0.05}  # what `inference-steering` does at the audit: the study's dose, away from it
 COLUMNS = {
+    "excess": "failing contexts above the ceiling, sigma",
     "fall_failing": "fall on failing contexts, sigma",
     "fall_passing": "fall on passing twins, sigma",
     "specificity": "specificity",
@@ -40,15 +42,20 @@ COLUMNS = {
 }
 
 
-def runs(arms: list[str], seeds: list[int], draws: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name, arm, recipe options) of every run; each seed of `random` is another draw, further draws have seed 0."""
-    found = []
-    for arm in arms:
+def runs(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, arm, recipe options) of every run; each seed of `random` is another draw.
+
+    Further draws, and the shares of the gradient of the arms that press, have the first seed.
+    """
+    found, seeds = [], arguments.seeds
+    for arm in arguments.arms:
         for seed in seeds:
             options = {"arm": arm, "seed": seed} | ({"random_seed": seed} if arm == Arm.RANDOM else {})
             found.append((f"{arm}-seed{seed}", arm, options))
-        for draw in range(len(seeds), draws if arm == Arm.RANDOM else 0):
+        for draw in range(len(seeds), arguments.draws if arm == Arm.RANDOM else 0):
             found.append((f"{arm}-draw{draw}", arm, {"arm": arm, "seed": seeds[0], "random_seed": draw}))
+        for share in arguments.shares if arm in HINGED else []:
+            found.append((f"{arm}-share{share:g}", arm, {"arm": arm, "seed": seeds[0], "penalty_share": share}))
     return found
 
 
@@ -123,9 +130,27 @@ def put(path: Path, text: str) -> None:
 
 
 def row_of(name: str, arm: str, before: Path, after: Path) -> dict[str, Any]:
-    """Name, arm, and every figure of `COLUMNS` with its 95 % interval over tasks."""
-    change = readers.compare(load_record(before), load_record(after))
-    return {"run": name, "arm": arm} | {key: getattr(change, key) for key in COLUMNS}
+    """Name, arm, and every figure of `COLUMNS` and the hinge at the header, with 95 % intervals over tasks."""
+    records = [load_record(folder) for folder in (before, after)]
+    change = readers.compare(*records)
+    excess = above_ceiling(*records)
+    huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
+    found = {"excess": stats.mean(excess), "hinge": stats.mean(huber)}
+    return {"run": name, "arm": arm} | found | {key: getattr(change, key) for key in COLUMNS if key != "excess"}
+
+
+def above_ceiling(before: Record, after: Record) -> np.ndarray:
+    """Reading of each task's failing contexts at the header after training, minus the ceiling, sigma.
+
+    The ceiling is the median over tasks of the passing twins' readings before, as the recipe's is over training tasks.
+    """
+    at, row = before.vectors.positions(before.vectors.used_band()), before.vectors.index(before.concept)
+
+    def read(record: Record, kind: str) -> np.ndarray:
+        readings = record.profile.readings(before.vectors)["header"]
+        return record.profile.by_task(kind, readings)[:, row][:, at].mean(1)
+
+    return read(after, "failing") - np.median(read(before, "passing"))
 
 
 def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -160,6 +185,7 @@ def write(folder: Path) -> None:
     lines += [f"| {row['run']} | " + " | ".join(cell(row[key]) for key in COLUMNS) + " |" for row in rows]
     put(folder / "comparison.md", "\n".join(lines))
     plot(rows, folder / "comparison.png")
+    plot_pareto(rows, folder / "pareto.png")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -186,6 +212,31 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     os.replace(aside, path)
 
 
+def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
+    """Hinge on audit tasks against KL on neutral text, over the shares of the gradient that the penalty was given."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if "-share" in row["run"] or row["run"] in ("none-seed0", "hinge-refit-seed0")]
+    if len(shown) < 3:
+        return
+    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
+    panel = figure.subplots()
+    for row in shown:
+        x, y = row["kl"], row["hinge"]
+        panel.plot([x[0], x[0]], y[1:], color="#888888", linewidth=1)
+        panel.plot(x[1:], [y[0], y[0]], color="#888888", linewidth=1)
+        panel.plot(x[0], y[0], "o", color="C0")
+        panel.annotate(
+            row["run"].removesuffix("-seed0"), (x[0], y[0]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    panel.set_xlabel("KL on neutral text, nats per token")
+    panel.set_ylabel("hinge at the header on failing audit contexts, sigma²")
+    panel.spines[["top", "right"]].set_visible(False)
+    aside = path.with_suffix(f".{os.getpid()}.partial.png")
+    figure.savefig(aside)
+    os.replace(aside, path)
+
+
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The sweep's own options, and those after `--` for the recipe."""
     own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -195,6 +246,13 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--arms", nargs="+", required=True, choices=[str(arm) for arm in Arm])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--draws", type=int, default=0, help="draws of the random arm in all, where more than seeds")
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        type=float,
+        default=[],
+        help="further runs of the arms that press: values of `penalty_share`",
+    )
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     parser.add_argument(
         "--stories-per-concept", type=int, help="re-extract from every story about the target and so many about others"
@@ -216,7 +274,7 @@ def main(words: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     before = arguments.out / "before"
-    for name, arm, options in runs(arguments.arms, arguments.seeds, arguments.draws):
+    for name, arm, options in runs(arguments):
         row = arguments.results / name / "row.json"
         if row.is_file():
             print(f"{row}: this run is finished; nothing to do", flush=True)

@@ -4,9 +4,12 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
+from records import BASELINE, LEVELS, make_record
 
 from calibrate import corpora
 from calibrate.audit.readers import Change
@@ -30,6 +33,7 @@ class Sweep:
         monkeypatch.setattr(sweep, "call", lambda *words: self.commands.append([str(word) for word in words]))
         monkeypatch.setattr(sweep, "load_record", lambda folder: folder)
         monkeypatch.setattr(sweep.readers, "compare", self.compare)
+        monkeypatch.setattr(sweep, "above_ceiling", lambda *_: np.array([-1.0, 0.4, 3.0]))
 
     def compare(self, before, after):
         assert before == self.out / "before"
@@ -55,8 +59,18 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_runs_are_arms_by_seeds_and_the_random_arm_has_more_draws(sweep):
-    found = sweep.module.runs(["none", "random"], [0, 1], 4)
-    assert [(name, options) for name, _, options in found] == [
+    arguments = SimpleNamespace(arms=["none", "random", "hinge-refit"], seeds=[0, 1], draws=4, shares=[0.3, 3])
+    found = [(name, options) for name, _, options in sweep.module.runs(arguments)]
+    assert [name for name, _ in found[6:]] == [
+        "random-share0.3",
+        "random-share3",
+        "hinge-refit-seed0",
+        "hinge-refit-seed1",
+        "hinge-refit-share0.3",
+        "hinge-refit-share3",
+    ]
+    assert found[-1][1] == {"arm": "hinge-refit", "seed": 0, "penalty_share": 3}
+    assert found[:6] == [
         ("none-seed0", {"arm": "none", "seed": 0}),
         ("none-seed1", {"arm": "none", "seed": 1}),
         ("random-seed0", {"arm": "random", "seed": 0, "random_seed": 0}),
@@ -96,7 +110,10 @@ def test_a_finished_run_is_not_repeated_and_a_longer_list_adds_to_the_comparison
     assert [line.split("|")[1].strip() for line in table[2:]] == ["none-seed0", "random-seed0"]  # in the arms' order
     assert "12.00 [11.00, 13.00]" in table[3]
     assert "fall too small" in table[3]
-    assert json.loads((tmp_path / "kept" / "random-seed0" / "row.json").read_text())["arm"] == "random"
+    row = json.loads((tmp_path / "kept" / "random-seed0" / "row.json").read_text())
+    assert row["arm"] == "random"
+    assert row["hinge"][0] == pytest.approx((0 + 0.08 + 2.5) / 3)
+    assert row["excess"][0] == pytest.approx(0.8)
     assert (tmp_path / "kept" / "comparison.png").stat().st_size > 1000
     assert "random-seed0/row.json: this run is finished; nothing to do" in capsys.readouterr().out
 
@@ -134,3 +151,11 @@ def test_a_command_that_fails_ends_the_sweep_and_says_how_to_go_on():
     module = runpy.run_path(str(ROOT / "recipes" / "sweep.py"))
     with pytest.raises(SystemExit, match="ended with 3; call the same sweep again to go on"):
         module["call"](sys.executable, "-c", "raise SystemExit(3)")
+
+
+def test_the_ceiling_is_the_median_of_the_twins_before(planted):
+    module = runpy.run_path(str(ROOT / "recipes" / "sweep.py"))
+    before = make_record(planted, BASELINE)
+    after = make_record(planted, {"failing": {0: LEVELS + 1}, "passing": {0: 9.0}})
+    found = module["above_ceiling"](before, after)
+    assert found == pytest.approx([level + 1 - 3.5 for level in range(8)], abs=1e-4)
