@@ -75,9 +75,9 @@ def texts() -> Planted:
     return Planted()
 
 
-def started(vectors, texts, start, sources, rank=1, layers=(2,)) -> Refit:
+def started(vectors, texts, start, sources, rank=1, layers=(2,), raised=0) -> Refit:
     """A refit that has measured its sources in the reference."""
-    found = Refit(vectors, list(layers), start, sources, rank)
+    found = Refit(vectors, list(layers), start, sources, rank, raised)
     found.at_start = found.measure(texts)
     return found
 
@@ -151,7 +151,7 @@ def test_a_concept_to_raise_stays_the_negative_of_what_its_stories_show(vectors,
     """
     desperate, calm = texts.source(axis((0, 2.0))), texts.source(axis((1, 2.0)))
     start = torch.stack([axis((0, 1.0)), axis((1, -1.0))])
-    follow = started(vectors, texts, start, [[desperate], [calm]])
+    follow = started(vectors, texts, start, [[desperate], [calm]], raised=1)
     texts.move(desperate, axis((5, 2.0)))
     texts.move(calm, axis((7, 2.0)))
     expected = torch.stack([unit((0, 1.0), (5, 1.0)), -unit((1, 1.0), (7, 1.0))])

@@ -75,7 +75,8 @@ class Pressure:
 
     def follow(self, sources: list[list[refit.Source]], states: refit.States) -> None:
         """Lets the directions be refitted; called while the model is the reference."""
-        self.refit = refit.Refit(self.vectors, self.layers, self.start, sources, self.args.rank)
+        raised = len(self.args.raise_concepts)
+        self.refit = refit.Refit(self.vectors, self.layers, self.start, sources, self.args.rank, raised)
         self.refit.at_start = self.refit.measure(states)
 
     def refit_if_due(self, step: int, states: refit.States) -> float | None:

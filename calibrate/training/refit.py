@@ -82,12 +82,20 @@ class Refit:
         start: the reference's directions [directions, layers, hidden] at `layers`, `rank` rows for each concept; of
             concepts to raise they are negative.
         sources: for each concept its sources; turns only for the concept that they show.
+        raised: how many of the concepts, the last ones, are to be raised.
     """
 
     def __init__(
-        self, vectors: EmotionVectors, layers: list[int], start: Tensor, sources: list[list[Source]], rank: int
+        self,
+        vectors: EmotionVectors,
+        layers: list[int],
+        start: Tensor,
+        sources: list[list[Source]],
+        rank: int,
+        raised: int = 0,
     ):
         self.start, self.sources, self.rank = start, sources, rank
+        self.signs = [1.0] * (len(sources) - raised) + [-1.0] * raised
         self.neutral = vectors.neutral_at("token", layers).double()
         self.at_start: list[list[Tensor]] = []
 
@@ -126,8 +134,7 @@ class Refit:
             else:
                 changes = [(a - b) / n for a, b, n in zip(after, before, lengths, strict=True)]
                 # Of a concept to raise the start is its negative, so its sources count in that sense too.
-                toward = torch.where((before[0] * start).sum() < 0, -1.0, 1.0)
-                moved = start + toward * torch.stack(changes).mean(0)
+                moved = start + self.signs[concept] * torch.stack(changes).mean(0)
             unit = sign * moved / moved.norm(dim=-1, keepdim=True)
             rest = self.start[concept * self.rank + 1 : (concept + 1) * self.rank]
             fresh.append(arms.orthonormal(torch.cat([unit[None].float(), rest])))
