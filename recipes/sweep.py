@@ -15,6 +15,7 @@ sweeps of different arms may share one `--out`, once `before` is there. Options 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ COLUMNS = {
 def runs(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
     """(name, arm, recipe options) of every run; each seed of `random` is another draw.
 
-    Further draws, and the shares of the gradient of the arms that press, have the first seed.
+    Further draws, and the variants of the arms that press, have the first seed.
     """
     found, seeds = [], arguments.seeds
     for arm in arguments.arms:
@@ -54,8 +55,9 @@ def runs(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]
             found.append((f"{arm}-seed{seed}", arm, options))
         for draw in range(len(seeds), arguments.draws if arm == Arm.RANDOM else 0):
             found.append((f"{arm}-draw{draw}", arm, {"arm": arm, "seed": seeds[0], "random_seed": draw}))
-        for share in arguments.shares if arm in HINGED else []:
-            found.append((f"{arm}-share{share:g}", arm, {"arm": arm, "seed": seeds[0], "penalty_share": share}))
+        for variant in arguments.variants if arm in HINGED else []:
+            changed = dict(part.split("=", 1) for part in variant.split(","))
+            found.append((f"{arm}-{variant}", arm, {"arm": arm, "seed": seeds[0]} | changed))
     return found
 
 
@@ -186,6 +188,7 @@ def write(folder: Path) -> None:
     put(folder / "comparison.md", "\n".join(lines))
     plot(rows, folder / "comparison.png")
     plot_pareto(rows, folder / "pareto.png")
+    plot_tasks(rows, folder / "tasks.png")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -207,34 +210,63 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
     panels[0].invert_yaxis()
-    aside = path.with_suffix(f".{os.getpid()}.partial.png")
-    figure.savefig(aside)
-    os.replace(aside, path)
+    _save(figure, path)
 
 
 def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
-    """Hinge on audit tasks against KL on neutral text, over the shares of the gradient that the penalty was given."""
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if "-share" in row["run"] or row["run"] in ("none-seed0", "hinge-refit-seed0")]
+    """Hinge on audit tasks against KL on neutral text, over the penalty's share of the gradient."""
+    shown = [r for r in rows if re.fullmatch(r"none-seed0|hinge-refit-(seed0|penalty_share=[\d.]+)", r["run"])]
     if len(shown) < 3:
         return
-    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
-    panel = figure.subplots()
+    figure, panel = _figure(
+        "KL on neutral text, nats per token", "hinge at the header on failing audit contexts, sigma²"
+    )
     for row in shown:
         x, y = row["kl"], row["hinge"]
         panel.plot([x[0], x[0]], y[1:], color="#888888", linewidth=1)
         panel.plot(x[1:], [y[0], y[0]], color="#888888", linewidth=1)
         panel.plot(x[0], y[0], "o", color="C0")
-        panel.annotate(
-            row["run"].removesuffix("-seed0"), (x[0], y[0]), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
-    panel.set_xlabel("KL on neutral text, nats per token")
-    panel.set_ylabel("hinge at the header on failing audit contexts, sigma²")
+        name = row["run"].removesuffix("-seed0")
+        panel.annotate(name, (x[0], y[0]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    _save(figure, path)
+
+
+def plot_tasks(rows: list[dict[str, Any]], path: Path) -> None:
+    """Falls on audit tasks over the number of training tasks."""
+    by_tasks = {int(r["run"].split("=")[1]): r for r in rows if re.fullmatch(r"hinge-refit-max_tasks=\d+", r["run"])}
+    if len(by_tasks) < 2:
+        return
+    figure, panel = _figure("training tasks", "fall of the reading at the header on audit tasks, sigma")
+    counts = sorted(by_tasks)
+    for key, label, colour in (("fall_failing", "failing", "C3"), ("fall_passing", "passing twins", "C2")):
+        middle, low, high = zip(*(by_tasks[count][key] for count in counts), strict=True)
+        panel.plot(counts, middle, "o-", color=colour, label=label)
+        panel.fill_between(counts, low, high, color=colour, alpha=0.15)
+    panel.legend(frameon=False)
+    _save(figure, path)
+
+
+def _figure(x: str, y: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
+    panel = figure.subplots()
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
     panel.spines[["top", "right"]].set_visible(False)
+    return figure, panel
+
+
+def _save(figure, path: Path) -> None:
     aside = path.with_suffix(f".{os.getpid()}.partial.png")
     figure.savefig(aside)
     os.replace(aside, path)
+
+
+def _variant(text: str) -> str:
+    if not all(re.fullmatch(r"\w+=[\w.+-]+", part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE, or several with commas between them")
+    return text
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -247,12 +279,9 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--draws", type=int, default=0, help="draws of the random arm in all, where more than seeds")
     parser.add_argument(
-        "--shares",
-        nargs="+",
-        type=float,
-        default=[],
-        help="further runs of the arms that press: values of `penalty_share`",
-    )
+        "--variants", nargs="+", type=_variant, default=[], metavar="OPTION=VALUE[,...]",
+        help="further runs of the arms that press, each with other recipe options, such as penalty_share=0.3",
+    )  # fmt: skip
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     parser.add_argument(
         "--stories-per-concept", type=int, help="re-extract from every story about the target and so many about others"

@@ -38,7 +38,9 @@ class Sweep:
     def compare(self, before, after):
         assert before == self.out / "before"
         fall = float(len(after.parent.name))
-        values = dict.fromkeys(Change._fields) | {"fall_failing": Interval(fall, fall - 1, fall + 1)}
+        values = dict.fromkeys(Change._fields) | dict.fromkeys(
+            ("fall_failing", "fall_passing", "kl"), Interval(fall, fall - 1, fall + 1)
+        )
         return Change(**values)
 
     def __call__(self, *words):
@@ -59,17 +61,18 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_runs_are_arms_by_seeds_and_the_random_arm_has_more_draws(sweep):
-    arguments = SimpleNamespace(arms=["none", "random", "hinge-refit"], seeds=[0, 1], draws=4, shares=[0.3, 3])
+    arguments = SimpleNamespace(
+        arms=["none", "random", "hinge-refit"],
+        seeds=[0, 1],
+        draws=4,
+        variants=["penalty_share=3", "max_tasks=6,beta=0.2"],
+    )
     found = [(name, options) for name, _, options in sweep.module.runs(arguments)]
     assert [name for name, _ in found[6:]] == [
-        "random-share0.3",
-        "random-share3",
-        "hinge-refit-seed0",
-        "hinge-refit-seed1",
-        "hinge-refit-share0.3",
-        "hinge-refit-share3",
-    ]
-    assert found[-1][1] == {"arm": "hinge-refit", "seed": 0, "penalty_share": 3}
+        "random-penalty_share=3", "random-max_tasks=6,beta=0.2", "hinge-refit-seed0", "hinge-refit-seed1",
+        "hinge-refit-penalty_share=3", "hinge-refit-max_tasks=6,beta=0.2",
+    ]  # fmt: skip
+    assert found[-1][1] == {"arm": "hinge-refit", "seed": 0, "max_tasks": "6", "beta": "0.2"}
     assert found[:6] == [
         ("none-seed0", {"arm": "none", "seed": 0}),
         ("none-seed1", {"arm": "none", "seed": 1}),
@@ -116,6 +119,15 @@ def test_a_finished_run_is_not_repeated_and_a_longer_list_adds_to_the_comparison
     assert row["excess"][0] == pytest.approx(0.8)
     assert (tmp_path / "kept" / "comparison.png").stat().st_size > 1000
     assert "random-seed0/row.json: this run is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
+    variants = ["penalty_share=0.3", "max_tasks=6", "max_tasks=12"]
+    sweep("--arms", "none", "hinge-refit", "--variants", *variants)
+    assert [option(command, "--penalty_share") for command in sweep.of("--penalty_share")] == ["0.3"]
+    assert {"pareto.png", "tasks.png", "comparison.png"} <= {path.name for path in sweep.out.iterdir()}
+    with pytest.raises(SystemExit):
+        sweep("--arms", "none", "--variants", "penalty_share")
 
 
 def test_steering_at_the_audit_takes_the_model_that_was_trained_without_an_arm(sweep):
