@@ -422,6 +422,7 @@ def test_a_run_that_is_broken_off_follows_the_same_directions(make, tmp_path, ar
     ]
     assert files[0].keys() == files[1].keys() == {f"refit-{step}.safetensors" for step in range(every, 5, every)}
     assert all(torch.equal(found, files[1][name]) for name, found in files[0].items())
+    assert all(row["refit/cosine_to_start"] < 0.9999 for row in expected if "refit/cosine_to_start" in row)
     # So it was no matter of course: the directions had moved, or there were more of them.
     start, first = resumed._calibration.pressure.start, files[1][f"refit-{every}.safetensors"]
     if arm == "hinge-refit":

@@ -80,7 +80,7 @@ class Pressure:
         self.refit.at_start = self.refit.measure(states)
 
     def refit_if_due(self, step: int, states: refit.States) -> float | None:
-        """New directions every `refit_every` steps; returns their cosine to the start where there are new ones.
+        """New directions every `refit_every` steps; returns the cosine of what was found to the start, where it is new.
 
         A resumed run first takes those that were in force when it stopped. Every process reads the same texts.
 
@@ -99,7 +99,7 @@ class Pressure:
         self.press(self.refit.directions(self.refit.measure(states), self.args.arm, self.reader.directions))
         if self.main:
             readings.write(self._refit_file(due), {"directions": self.reader.directions})
-        return refit.cosine(self.reader.directions, self.start)
+        return refit.cosine(self.refit.fresh, self.start)
 
     def _refit_file(self, step: int) -> Path:
         return self.path / f"refit-{step}.safetensors"

@@ -98,6 +98,7 @@ class Refit:
         self.signs = [1.0] * (len(sources) - raised) + [-1.0] * raised
         self.neutral = vectors.neutral_at("token", layers).double()
         self.at_start: list[list[Tensor]] = []
+        self.fresh = start  # what the last refit found, before `hinge-union` adds it to the old ones
 
     def measure(self, states: States) -> list[list[Tensor]]:
         """Difference of every source, [layers, hidden], neutral components out; float64."""
@@ -138,7 +139,7 @@ class Refit:
             unit = sign * moved / moved.norm(dim=-1, keepdim=True)
             rest = self.start[concept * self.rank + 1 : (concept + 1) * self.rank]
             fresh.append(arms.orthonormal(torch.cat([unit[None].float(), rest])))
-        found = torch.cat(fresh)
+        self.fresh = found = torch.cat(fresh)
         if arm != arms.Arm.HINGE_UNION:
             return found
         # Those that are pressed stay as they are: the targets need not be orthogonal to one another.
