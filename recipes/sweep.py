@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from calibrate import corpora, stats
+from calibrate import stats
 from calibrate.audit import readers
 from calibrate.audit.record import Record, load_record
-from calibrate.concepts import TARGET
 from calibrate.training.arms import HINGED, Arm
 
 HERE = Path(__file__).parent
@@ -91,29 +90,17 @@ def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, r
 
 def extract(model: Any, folder: Path, arguments: argparse.Namespace) -> Path:
     """Re-extracts a model's own directions on the audit topics; returns their folder."""
-    stories = ["--stories", some_stories(arguments)] if arguments.stories_per_concept else []
-    calibrate("extract", model, "--out", folder, "--splits", "audit", "--reference", arguments.vectors, *stories)
+    only = ["--concepts", *arguments.concepts] if arguments.concepts else []
+    calibrate("extract", model, "--out", folder, "--splits", "audit", "--reference", arguments.vectors, *only)
     return folder / "audit"
 
 
 def own_of_reference(arguments: argparse.Namespace) -> Any:
     """The reference's directions on the audit topics, made as those of the runs are."""
-    if arguments.stories_per_concept:
+    if arguments.concepts:
         return extract(arguments.model, arguments.out / "vectors", arguments)
     # `calibrate extract MODEL --splits train audit --out FOLDER` makes both: FOLDER/train trains, FOLDER/audit audits.
     return "default/audit" if arguments.vectors == "default" else Path(arguments.vectors).parent / "audit"
-
-
-def some_stories(arguments: argparse.Namespace) -> Path:
-    """Every audit story about the target, and `--stories-per-concept` about each other concept."""
-    path, kept = arguments.out / "stories.jsonl", []
-    for story in (story for story in corpora.load_stories() if story.split == "audit"):
-        same = sum(other.concept == story.concept for other in kept)
-        if story.concept == TARGET or same < arguments.stories_per_concept:
-            kept.append(story)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    put(path, "\n".join(json.dumps(story._asdict()) for story in kept))
-    return path
 
 
 def audit(model: Any, own: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
@@ -161,7 +148,7 @@ def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
     Raises:
         ValueError: it holds the runs of other settings.
     """
-    settings = {name: getattr(arguments, name) for name in ("recipe", "max_tasks", "stories_per_concept", "vectors")}
+    settings = {name: getattr(arguments, name) for name in ("recipe", "max_tasks", "concepts", "vectors")}
     settings |= {"config": yaml.safe_load(arguments.config.read_text(encoding="utf-8")), "rest": rest}
     path = arguments.results / "settings.json"
     if not path.is_file():
@@ -283,9 +270,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="further runs of the arms that press, each with other recipe options, such as penalty_share=0.3",
     )  # fmt: skip
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
-    parser.add_argument(
-        "--stories-per-concept", type=int, help="re-extract from every story about the target and so many about others"
-    )
+    parser.add_argument("--concepts", nargs="+", help="re-extract from the stories about these alone, which is faster")
     parser.add_argument("--launcher", type=Path, default=HERE.parent / "accelerate_configs" / "single_cpu.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")

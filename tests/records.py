@@ -40,12 +40,12 @@ def make_record(vectors, header=None, reply=None, own=0, likelihoods=None, loss=
         states=torch.cat([states[row, order[kind]] for row, kind in enumerate(KINDS)]),
         trace=TRACE,
     )
-    own_directions = torch.zeros_like(vectors.directions)
-    own_directions[0, :, own], own_directions[1, :, 1] = 1, 1
+    own_direction = torch.zeros_like(vectors.directions[0])
+    own_direction[:, own] = 1
     return Record(
         profile=profile,
         vectors=vectors,
-        own_directions=own_directions,
+        own_direction=own_direction,
         likelihoods=np.full((8, 2), -1.0) if likelihoods is None else np.array(likelihoods),
         neutral=Neutral(np.full(8, loss), None if kl is None else np.full(8, kl)),
         **{"model": "planted", "concept": "desperate", "pair_tasks": TASKS, "options": {}} | fields,

@@ -77,9 +77,9 @@ def test_cosine_of_own_directions_and_neutral_text(planted):
     """
     planted.set_band([1, 2], "by hand")
     before, after = make_record(planted, loss=np.log(10)), make_record(planted, loss=np.log(20), kl=0.25)
-    before.own_directions[0, 1] *= -1
-    after.own_directions[0, 0, :2] = torch.tensor([0.5, 0.75**0.5])
-    after.own_directions[0, 1] *= -1
+    before.own_direction[1] *= -1
+    after.own_direction[0, :2] = torch.tensor([0.5, 0.75**0.5])
+    after.own_direction[1] *= -1
     change = readers.compare(before, after)
     assert change.direction_cosine == pytest.approx(0.75)
     assert change.topic_cosine == pytest.approx(0)
@@ -95,6 +95,7 @@ def test_cosine_of_own_directions_and_neutral_text(planted):
         ("texts", {}, lambda record: record.profile.ids.reverse()),
         ("content of the corpora", {"options": {"corpora": "edited"}}, None),
         ("chat template", {"options": {"chat_template": "other"}}, None),
+        ("stories of the own vectors", {"options": {"own_stories": "fewer"}}, None),
         ("layers", {}, lambda record: record.vectors.layers.reverse()),
         ("concepts", {}, lambda record: record.vectors.concepts.reverse()),
         ("target concept", {"concept": "calm"}, None),
@@ -128,7 +129,7 @@ def test_a_record_comes_back_from_disk(planted, tmp_path, kl):
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "audit").stat().st_mode == (tmp_path / "plain").stat().st_mode  # not for its owner alone
     assert loaded.profile.states.equal(record.profile.states)
-    assert loaded.own_directions.equal(record.own_directions)
+    assert loaded.own_direction.equal(record.own_direction)
     assert loaded.vectors.directions.equal(planted.directions)
     assert loaded.vectors.band == [1, 2]
     assert loaded.likelihoods.tolist() == record.likelihoods.tolist()

@@ -152,7 +152,7 @@ ERRORS = [
     ("audit {tiny} --vectors {tmp}/nowhere", "nowhere': no model.safetensors"),
     ("audit {tiny} --vectors {narrow} --own-vectors {narrow}", r"\(width 8, 5 layers\); .* has width 32"),
     ("audit {tiny} --own-vectors {foreign}", "come from weights 0 with adapter None, .* extract them from it with"),
-    ("audit {tiny} --own-vectors {narrow}", "other concepts or layers"),
+    ("audit {tiny} --own-vectors {narrow}", "hold other layers"),
     ("audit {tiny} --own-vectors {tuned}", "come from weights .* with adapter .*, .* with None; extract"),
     ("audit {tiny} --target furious", "no concept 'furious'; they have"),
     ("audit {tiny} --max-tasks 1", "1 tasks of the audit split; an audit needs at least 2"),

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from records import BASELINE, LEVELS, make_record
 
-from calibrate import corpora
 from calibrate.audit.readers import Change
 from calibrate.stats import Interval
 
@@ -139,16 +138,11 @@ def test_steering_at_the_audit_takes_the_model_that_was_trained_without_an_arm(s
     assert option(audit, "--out") == str(sweep.out / "inference-steering-seed0" / "audit")
 
 
-def test_fewer_stories_serve_the_reference_and_every_run_alike(sweep):
-    sweep("--arms", "none", "--stories-per-concept", "1")
+def test_fewer_concepts_serve_the_reference_and_every_run_alike(sweep):
+    sweep("--arms", "none", "--concepts", "desperate", "calm")
     extracted = sweep.of("extract")
     assert [option(command, "extract") for command in extracted] == ["tiny", str(sweep.out / "none-seed0" / "model")]
-    assert {option(command, "--stories") for command in extracted} == {str(sweep.out / "stories.jsonl")}
-    kept = corpora.load_stories(sweep.out / "stories.jsonl")
-    every = [story for story in corpora.load_stories() if story.split == "audit"]
-    assert [story for story in kept if story.concept == "desperate"] == [s for s in every if s.concept == "desperate"]
-    others = [story.concept for story in kept if story.concept != "desperate"]
-    assert sorted(others) == sorted({story.concept for story in every} - {"desperate"})
+    assert all(command[-3:] == ["--concepts", "desperate", "calm"] for command in extracted)
     assert option(sweep.commands[1], "--own-vectors") == str(sweep.out / "vectors" / "audit")
 
 

@@ -55,14 +55,14 @@ def compare(before: Record, after: Record) -> Change:
     vectors, row = before.vectors, before.vectors.index(before.concept)
     at = vectors.positions(vectors.used_band())
     frozen = [_by_kind(record, None) for record in (before, after)]
-    own = [_by_kind(record, record.own_directions) for record in (before, after)]
-    held_out = [_by_kind(record, before.own_directions) for record in (before, after)]
+    own = [_by_kind(record, record.own_direction[None]) for record in (before, after)]
+    held_out = [_by_kind(record, before.own_direction[None]) for record in (before, after)]
 
-    def fall(readings: list[dict], role: str, kind: str) -> np.ndarray:
+    def fall(readings: list[dict], role: str, kind: str, row: int = row) -> np.ndarray:
         return (readings[0][role, kind] - readings[1][role, kind])[:, row][:, at].mean(1)
 
     failing, passing = fall(frozen, "header", "failing"), fall(frozen, "header", "passing")
-    fall_own = fall(own, "header", "failing")
+    fall_own = fall(own, "header", "failing", 0)
     fall_failing = stats.mean(failing)
     ratios = fall_failing.above(0) and fall_failing.estimate > SMALLEST_FALL
     contrast = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, at].mean(1)
@@ -72,14 +72,14 @@ def compare(before: Record, after: Record) -> Change:
         layers.append((layer, stats.mean(falls[0]), stats.mean(falls[1])))
 
     def cosine(one: Tensor, other: Tensor) -> float:
-        return float((one[row][at] * other[row][at]).sum(-1).mean())
+        return float((one[at] * other[at]).sum(-1).mean())
 
     return Change(
         contrast=stats.mean(contrast),
         fall_failing=fall_failing,
         fall_passing=stats.mean(passing),
         fall_reply=stats.mean(fall(frozen, "reply", "failing")),
-        fall_held_out=stats.mean(fall(held_out, "header", "failing")),
+        fall_held_out=stats.mean(fall(held_out, "header", "failing", 0)),
         fall_own=stats.mean(fall_own),
         specificity=stats.bootstrap(_relative_difference, failing, passing) if ratios else None,
         evasion=stats.bootstrap(_relative_difference, failing, fall_own) if ratios else None,
@@ -91,8 +91,8 @@ def compare(before: Record, after: Record) -> Change:
         perplexity=(float(np.exp(before.neutral.loss.mean())), float(np.exp(after.neutral.loss.mean()))),
         loss_change=stats.mean(after.neutral.loss - before.neutral.loss),
         kl=None if after.neutral.kl is None else stats.mean(after.neutral.kl),
-        direction_cosine=cosine(before.own_directions, after.own_directions),
-        topic_cosine=cosine(vectors.directions, before.own_directions),
+        direction_cosine=cosine(before.own_direction, after.own_direction),
+        topic_cosine=cosine(vectors.directions[row], before.own_direction),
     )
 
 
@@ -104,6 +104,7 @@ def _check_comparable(before: Record, after: Record) -> None:
         ("target concept", before.concept, after.concept),
         ("base weights of the vectors", before.vectors.weight_hash, after.vectors.weight_hash),
         ("pairs", before.pair_tasks, after.pair_tasks),
+        ("stories of the own vectors", before.options.get("own_stories"), after.options.get("own_stories")),
         ("content of the corpora", before.options.get("corpora"), after.options.get("corpora")),
         ("chat template", before.options.get("chat_template"), after.options.get("chat_template")),
     ):

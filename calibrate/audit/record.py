@@ -24,7 +24,9 @@ class Record(NamedTuple):
     concept: str  # the target concept
     profile: Profile
     vectors: EmotionVectors  # frozen: of the reference, from the training topics
-    own_directions: torch.Tensor  # extracted from this checkpoint's own states on the audit topics
+    own_direction: (
+        torch.Tensor
+    )  # of the target, from this checkpoint's own states on the audit topics, [layers, hidden]
     likelihoods: np.ndarray  # [pairs, (honest, gaming)], nats per token
     pair_tasks: list[str]
     neutral: Neutral
@@ -36,7 +38,7 @@ class Record(NamedTuple):
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
             whole = Path(aside) / folder.name  # the temporary folder itself can be read by its owner only
             self.vectors.save(whole / "vectors")
-            tensors = {"states": self.profile.states, "own_directions": self.own_directions.contiguous()}
+            tensors = {"states": self.profile.states, "own_direction": self.own_direction.contiguous()}
             save_file(tensors, whole / "states.safetensors")
             (whole / "audit.json").write_text(json.dumps(self._content(), indent=1), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +99,7 @@ def load_record(folder: Path) -> Record:
         concept=content["concept"],
         profile=Profile(ids, kinds, tasks, tensors["states"], trace),
         vectors=load_vectors(str(folder / "vectors")),
-        own_directions=tensors["own_directions"],
+        own_direction=tensors["own_direction"],
         likelihoods=np.array(content["likelihoods"]["values"]),
         pair_tasks=content["likelihoods"]["tasks"],
         neutral=Neutral(np.array(content["neutral"]["loss"]), None if kl is None else np.array(kl)),

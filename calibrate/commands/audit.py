@@ -26,6 +26,7 @@ def audit(arguments: argparse.Namespace) -> None:
         "target": arguments.target,
         "vectors": digest(vectors.recipe),
         "own_vectors": digest(own.recipe),
+        "own_stories": own.recipe.get("corpora"),
         "tasks": len(twins),
         "pairs": len(pairs),
         "corpora": digest([twins, pairs, dialogues]),
@@ -40,7 +41,15 @@ def audit(arguments: argparse.Namespace) -> None:
         neutral = preservation.read_neutral(checkpoint, dialogues)
     tasks = [pair.task for pair in pairs]
     record = Record(
-        checkpoint.name, arguments.target, read, vectors, own.directions, likelihoods, tasks, neutral, options
+        checkpoint.name,
+        arguments.target,
+        read,
+        vectors,
+        own.directions[own.index(arguments.target)],
+        likelihoods,
+        tasks,
+        neutral,
+        options,
     )
     record.save(arguments.out)
     summary = record.summary()["header"]
@@ -63,10 +72,9 @@ def _both_vectors(arguments: argparse.Namespace):
         arguments.own_vectors = "default/audit"
     vectors, own = load_vectors(arguments.vectors), load_vectors(arguments.own_vectors)
     vectors.index(arguments.target)
-    if own.concepts != vectors.concepts or own.layers != vectors.layers:
-        raise ValueError(
-            "`--vectors` and `--own-vectors` hold other concepts or layers; extract both with the same options"
-        )
+    own.index(arguments.target)
+    if own.layers != vectors.layers:
+        raise ValueError("`--vectors` and `--own-vectors` hold other layers; extract both with the same options")
     return vectors, own
 
 

@@ -80,7 +80,7 @@ class Pressure:
         self.refit.at_start = self.refit.measure(states)
 
     def refit_if_due(self, step: int, states: refit.States) -> float | None:
-        """New directions every `refit_every` steps; returns the cosine of what was found to the start, where it is new.
+        """New directions every `refit_every` steps; returns the cosine of the new to the start, where there are new.
 
         A resumed run first takes those that were in force when it stopped. Every process reads the same texts.
 
