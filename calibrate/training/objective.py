@@ -171,11 +171,7 @@ class Objective:
     def _context_terms(self, model: Any, micro_step: int) -> dict[str, Tensor]:
         """Penalty, guard and side term on failing contexts, anchor on their twins: one pass, cut after the band."""
         rows = self._rows(micro_step)
-        probes = [self.failing[row] for row in rows] + [self.passing[row] for row in rows]
-        states, first = self._forward(model, [probe.ids for probe in probes])
-        units = readings.gather(states, first, probes, self._role_weights)
-        kept = self.reference.rows([*rows, *(row + len(self.failing) for row in rows)])
-        before = readings.Units(*(part.to(units.states.device) for part in kept))
+        units, before = self._read(model, [*rows, *(row + len(self.failing) for row in rows)])
         failing, failing_before, passing, passing_before = (
             readings.Units(*(tensor[side] for tensor in part))
             for side in (slice(len(rows)), slice(len(rows), None))
@@ -185,17 +181,27 @@ class Objective:
         ratio = failing.states.norm(dim=-1) / failing_before.states.norm(dim=-1).clamp(min=1e-6)
         self._metrics["reading/header_passing"].append(read(passing)[:, 0].mean().detach())
         self._metrics["calibration/norm_ratio"].append(losses.mean(ratio.detach()[..., None], weights))
-        consistent = self.args.arm == Arm.CONSISTENCY
         return {
-            "penalty": _distance(failing, passing_before) if consistent else self._penalty(failing, failing_before),
+            "penalty": self._penalty(failing, failing_before, rows),
             "side": losses.squared_change(self.side(failing), self.side(failing_before), weights),
             "anchor": losses.squared_change(read(passing), read(passing_before), passing.weights),
             "norm": losses.norm_guard(ratio, weights, NORM_ALLOWED),
         }
 
-    def _penalty(self, units: readings.Units, reference: readings.Units) -> Tensor:
-        """The penalty in the shape that is asked for, on failing contexts."""
+    def _read(self, model: Any, rows: list[int]) -> tuple[readings.Units, readings.Units]:
+        """The units of these probes (failing contexts, then their twins) now and in the reference."""
+        probes = [[*self.failing, *self.passing][row] for row in rows]
+        states, first = self._forward(model, [probe.ids for probe in probes])
+        return readings.gather(states, first, probes, self._role_weights), self._before(rows)
+
+    def _before(self, rows: list[int]) -> readings.Units:
+        return readings.Units(*(part.to(self.accelerator.device) for part in self.reference.rows(rows)))
+
+    def _penalty(self, units: readings.Units, reference: readings.Units, rows: list[int]) -> Tensor:
+        """The penalty in the shape that is asked for, on the failing contexts `rows`."""
         args, weights, read = self.args, units.weights, self.pressure.reader
+        if args.arm == Arm.CONSISTENCY:
+            return _distance(units, self._before([row + len(self.failing) for row in rows]))
         values, before = read(units), read(reference)
         limit = ceilings.limits(args.ceiling, self.pressure.ceilings, args.ceiling_margin, units.roles, before)
         self._note(values.detach(), limit, units)
@@ -253,7 +259,8 @@ class Objective:
 
         norms, penalties = [], []
         for batch in range(WEIGHING_BATCHES):
-            term = self._context_terms(model, batch)["penalty"]
+            rows = self._rows(batch)
+            term = self._penalty(*self._read(model, rows), rows)
             norms.append(norm(term))
             penalties.append(term.detach())
         self._metrics.clear()  # these passes are no step of the run
