@@ -31,6 +31,9 @@ vectors: .venv/installed
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/extraction.py --memory
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py --memory
+	$(BIN)/python benchmarks/training.py --monitor
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -4,6 +4,7 @@ The cost of the calibration terms: a calibrated DPO step against TRL's plain one
 ```bash
 python benchmarks/training.py            # time: A/B/A/B in turn, median ratio with its interval
 python benchmarks/training.py --memory   # peak memory of each, one process each
+python benchmarks/training.py --monitor  # a reading of the monitor against the steps between two of them
 ```
 
 Two micro-steps make one measurement, because the text anchors run at every second one. `bare` is what the extra
@@ -12,6 +13,7 @@ whole model, with the mean of the outputs as a loss.
 """
 
 import argparse
+import itertools
 import resource
 import statistics
 import subprocess
@@ -29,6 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from calibrate import activations, corpora, models, stats
 from calibrate.training import arms, runs
 from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.training.monitor import ReadingMonitor
 from calibrate.training.objective import Data
 from calibrate.training.trainers import CalibratedDPOTrainer
 
@@ -152,6 +155,24 @@ def times(pairs: int, rounds: int) -> None:
         print(f"what we add / bare extra passes: {ratio(ours_ - plain_, contexts + texts)}")
 
 
+def monitor() -> None:
+    """Share of a reading of the default monitor in the plain steps, of one pair each, between two of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(DPOTrainer, folder, 1)
+        trainer.model.train()
+        watch = ReadingMonitor(trainer, "default")
+        batches = list(itertools.islice(trainer.get_train_dataloader(), 9))
+        steps, reads = [], []
+        for batch in batches:
+            steps.append(measure(trainer, trainer._prepare_inputs(batch), 0) / MICRO_STEPS)
+            start = clock()
+            watch._read()
+            reads.append(clock() - start)
+    print(f"step: median {statistics.median(steps):.2f} s; reading: median {statistics.median(reads):.2f} s")
+    found = ratio(np.array(reads), np.array(steps) * watch.every)
+    print(f"reading / {watch.every} steps: {found}")
+
+
 def peak(which: str, pairs: int) -> None:
     """Prints the peak memory of two micro-steps in this process, MiB."""
     with tempfile.TemporaryDirectory() as folder:
@@ -168,10 +189,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="pairs a micro-step (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--monitor", action="store_true")
     parser.add_argument("--peak", choices=("plain", "calibrated"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         return peak(arguments.peak, arguments.pairs)
+    if arguments.monitor:
+        return monitor()
     if not arguments.memory:
         return times(arguments.pairs, arguments.rounds)
     found = {}
