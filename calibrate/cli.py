@@ -121,6 +121,11 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, talk: argparse.ArgumentP
         help="steer while reading: share of the residual norm that is added at the band, such as calm=0.05",
     )  # fmt: skip
     two.add_argument("--max-pairs-per-task", type=int, help="read the first so many pairs of a task (default: all)")
+    two.add_argument(
+        "--tasks",
+        type=Path,
+        help="instead: flag the prompts of this JSONL ({id, text} or {id, messages}) that read high",
+    )
     three = verbs.add_parser("compare", parents=[talk], help="two audits -> report.html and report.json")
     three.add_argument("before", type=Path)
     three.add_argument("after", type=Path)

@@ -80,14 +80,10 @@ def load(
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
-    """The tokenizer alone of what `load` takes, with the same errors."""
+    """The tokenizer alone of what `load` takes; OSError where its files are not to be had."""
     from transformers import AutoTokenizer
 
-    source, _ = _resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer of {name!r} cannot be loaded ({' '.join(str(error).split())})") from error
+    tokenizer: Any = AutoTokenizer.from_pretrained(_resolve(name)[0])
     _set_template(tokenizer, name, chat_template)
     return tokenizer
 
@@ -106,9 +102,7 @@ def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None
 
 def _to_device(model: Any) -> Any:
     """On the GPU of this process where there is one: under `accelerate launch` each process has its own."""
-    if not torch.cuda.is_available():
-        return model
-    return model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
+    return model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}") if torch.cuda.is_available() else model
 
 
 def _open(name: str, source: str, **options) -> tuple[Any, Any]:
@@ -159,12 +153,11 @@ def _resolve(name: str) -> tuple[str, str | None]:
 
 
 def _dtype() -> torch.dtype | str:
-    if torch.cuda.is_available():
-        return "auto"
     # The units, not the instruction set: AVX-512 BF16 or AMX. Without them bf16 is emulated and several times slower.
     units = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends.cpu, "get_cpu_capability") else ""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    return "auto" if "AVX512" in units and ("avx512_bf16" in flags or "amx_bf16" in flags) else torch.float32
+    native = "AVX512" in units and ("avx512_bf16" in flags or "amx_bf16" in flags)
+    return "auto" if torch.cuda.is_available() or native else torch.float32
 
 
 def resolve_default() -> str:

@@ -165,13 +165,14 @@ def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
 def write(folder: Path) -> None:
     """comparison.md and comparison.png from every run in the results folder, arm by arm."""
 
-    def cell(value) -> str:
-        return "fall too small" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+    def cell(key, value) -> str:
+        digits = 3 if key in ("kl", "margin") else 2
+        return "fall too small" if value is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits)
 
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/row.json"))]
     rows.sort(key=lambda row: list(Arm).index(row["arm"]))
     lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {row['run']} | " + " | ".join(cell(row[key]) for key in COLUMNS) + " |" for row in rows]
+    lines += [f"| {row['run']} | " + " | ".join(cell(key, row[key]) for key in COLUMNS) + " |" for row in rows]
     put(folder / "comparison.md", "\n".join(lines))
     plot(rows, folder / "comparison.png")
     plot_pareto(rows, folder / "pareto.png")

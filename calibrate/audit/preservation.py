@@ -19,9 +19,9 @@ class Neutral(NamedTuple):
 
 
 @torch.no_grad()
-def read_neutral(checkpoint: Checkpoint, dialogues: list[Dialogue]) -> Neutral:
-    """Loss of the assistant's turns, and KL to the same model with its adapter disabled."""
-    adapter = hasattr(checkpoint.model, "disable_adapter")
+def read_neutral(checkpoint: Checkpoint, dialogues: list[Dialogue], divergence: bool = True) -> Neutral:
+    """Loss of the assistant's turns, and with `divergence` the KL to the same model with its adapter disabled."""
+    adapter = divergence and hasattr(checkpoint.model, "disable_adapter")
     losses, divergences = [], []
     for dialogue in tqdm(dialogues, desc="reading neutral text", unit="text"):
         encoded = transcripts.encode(checkpoint.tokenizer, dialogue.messages)

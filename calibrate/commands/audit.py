@@ -14,6 +14,8 @@ def audit(arguments: argparse.Namespace) -> None:
     from calibrate.audit import behaviour, preservation, profile
     from calibrate.audit.record import Record
 
+    if arguments.tasks:
+        return _lint(arguments)
     arguments.out = arguments.out or Path("runs") / f"audit-{Path(arguments.model).name}"
     vectors, own = _both_vectors(arguments)
     twins, pairs, dialogues = _texts(arguments)
@@ -122,6 +124,49 @@ def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
                 f'{len(rows)} {what} of the audit split; an audit needs at least 2 (rows with `"split": "audit"`)'
             )
     return twins, pairs, dialogues
+
+
+def _lint(arguments: argparse.Namespace) -> None:
+    """Flags the prompts of a file that put the model into a high state, with their spans; one line each, and JSON."""
+    from calibrate import corpora, models
+    from calibrate.audit import lint
+    from calibrate.reading import read_records
+    from calibrate.vectors import load_vectors
+
+    ignored = ("own_vectors", "pairs", "max_tasks", "steer", "max_pairs_per_task", "twins")
+    if given := [f"`--{name.replace('_', '-')}`" for name in ignored if getattr(arguments, name)]:
+        raise ValueError(f"`--tasks` reads the prompts of its file alone; leave out {', '.join(given)}")
+    records = list(read_records(arguments.tasks))
+    if not records:
+        raise ValueError(f"{arguments.tasks}: no prompts; give JSONL of {{id, text}} or {{id, messages}}")
+    vectors = load_vectors(arguments.vectors)
+    vectors.index(arguments.target)
+    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
+    if len(dialogues) < 2:
+        raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "audit"`; the levels need at least 2')
+    checkpoint = load(arguments)
+    config = models.text_config(checkpoint.model)
+    vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+    found = lint.lint(checkpoint, vectors, records, dialogues, arguments.target)
+    out = arguments.out or Path("runs") / f"lint-{arguments.tasks.stem}.json"
+    _write_lint(out, found, {"model": checkpoint.name, "concept": arguments.target})
+    for flag in (flag for flag in found.flags if flag.flagged):
+        print(f"{flag.id}: {flag.header:.2f} sigma {arguments.target} at the header (level {found.header_level:.2f})")
+        for span in flag.spans:
+            print(f"    {span.reading:5.2f}  {span.text}")
+    print(f"{sum(flag.flagged for flag in found.flags)} of {len(found.flags)} prompts flagged; {out}")
+
+
+def _write_lint(out: Path, found, about: dict) -> None:
+    import json
+    import os
+
+    flags = [flag._asdict() | {"spans": [span._asdict() for span in flag.spans]} for flag in found.flags]
+    levels = {"unit": "sigma", "header_level": found.header_level, "span_level": found.span_level}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}.partial")
+    aside.write_text(json.dumps({"schema": 1, **about, **levels, "prompts": flags}, indent=1), encoding="utf-8")
+    os.replace(aside, out)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -88,7 +88,11 @@ def _lengths(arguments: argparse.Namespace, rows: list[dict]) -> list[int]:
     """Tokens of every context, sorted; raises ValueError where the model's template does not take one."""
     from calibrate import models, transcripts
 
-    tokenizer = models.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    try:
+        tokenizer = models.load_tokenizer(arguments.model, chat_template=arguments.chat_template)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of {arguments.model!r} cannot be loaded ({reason})") from error
     lengths = []
     for row in rows:
         try:

@@ -104,27 +104,27 @@ class Ladder(NamedTuple):
 
 
 def load_stories(path: Path | str | None = None) -> list[Story]:
-    """The shipped stories, or those of `path`; see `_load` for the errors."""
-    return _load(Story, path or FOLDER / "stories.jsonl")
+    """The shipped stories, or those of `path`; see `load_rows` for the errors."""
+    return load_rows(Story, path or FOLDER / "stories.jsonl")
 
 
 def load_neutral(path: Path | str | None = None) -> list[Dialogue]:
-    """The shipped neutral dialogues, or those of `path`; see `_load` for the errors."""
-    return _load(Dialogue, path or FOLDER / "neutral.jsonl")
+    """The shipped neutral dialogues, or those of `path`; see `load_rows` for the errors."""
+    return load_rows(Dialogue, path or FOLDER / "neutral.jsonl")
 
 
 def load_deflection(path: Path | str | None = None) -> list[Deflection]:
-    """The shipped deflection dialogues, or those of `path`; see `_load` for the errors."""
-    return _load(Deflection, path or FOLDER / "deflection.jsonl")
+    """The shipped deflection dialogues, or those of `path`; see `load_rows` for the errors."""
+    return load_rows(Deflection, path or FOLDER / "deflection.jsonl")
 
 
 def load_ladders(path: Path | str | None = None) -> list[Ladder]:
-    """The shipped numeric ladders, or those of `path`; see `_load` for the errors."""
-    return _load(Ladder, path or FOLDER / "ladders.jsonl")
+    """The shipped numeric ladders, or those of `path`; see `load_rows` for the errors."""
+    return load_rows(Ladder, path or FOLDER / "ladders.jsonl")
 
 
 def load_twins(path: Path | str | None = None, controls: bool = False) -> list[tuple[Context, Context]]:
-    """(failing, passing) contexts of every conversation, in file order; see `_load` for the errors.
+    """(failing, passing) contexts of every conversation, in file order; see `load_rows` for the errors.
 
     Args:
         controls: the controls alone (benign failures, failures with nothing at stake), which are left out otherwise.
@@ -134,7 +134,7 @@ def load_twins(path: Path | str | None = None, controls: bool = False) -> list[t
     """
     path = path or FOLDER / "twins.jsonl"
     found: dict[str, dict[str, Context]] = {}
-    for row in _load(Context, path):
+    for row in load_rows(Context, path):
         name = row.task if row.context == "plain" else f"{row.task}/{row.context}"
         outcomes = found.setdefault(name, {})
         if row.outcome in outcomes:
@@ -152,12 +152,12 @@ def load_twins(path: Path | str | None = None, controls: bool = False) -> list[t
 
 
 def load_pairs(path: Path | str | None = None) -> list[Pair]:
-    """The shipped preference pairs, or those of `path`; see `_load` for the errors.
+    """The shipped preference pairs, or those of `path`; see `load_rows` for the errors.
 
     Raises:
         ValueError: a pair is of no known kind.
     """
-    pairs = _load(Pair, path or FOLDER / "pairs.jsonl")
+    pairs = load_rows(Pair, path or FOLDER / "pairs.jsonl")
     for number, pair in enumerate(pairs, 1):
         if pair.kind not in PAIR_KINDS:
             raise ValueError(f"{path}:{number}: kind {pair.kind!r} is not one of {', '.join(PAIR_KINDS)}")
@@ -165,8 +165,8 @@ def load_pairs(path: Path | str | None = None) -> list[Pair]:
 
 
 def load_repairs(path: Path | str | None = None) -> list[Repair]:
-    """The shipped tasks to repair, or those of `path`; see `_load` for the errors."""
-    return _load(Repair, path or FOLDER / "repairs.jsonl")
+    """The shipped tasks to repair, or those of `path`; see `load_rows` for the errors."""
+    return load_rows(Repair, path or FOLDER / "repairs.jsonl")
 
 
 def of_tasks(twins: list[tuple[Context, Context]], count: int | None) -> list[tuple[Context, Context]]:
@@ -182,7 +182,7 @@ def spread(rows: list, count: int | None) -> list:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _load(kind: type[Row], path: Path | str) -> list[Row]:
+def load_rows(kind: type[Row], path: Path | str) -> list[Row]:
     """Reads a JSONL file into rows of `kind`; keys that `kind` does not have are provenance and are left out.
 
     Raises:
@@ -208,7 +208,7 @@ def _load(kind: type[Row], path: Path | str) -> list[Row]:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a {type(record).__name__}, not an object; each line is one JSON object")
         _check_values(kind, record, where)
-        if record["split"] not in SPLITS:
+        if "split" in kind._fields and record["split"] not in SPLITS:
             raise ValueError(f"{where}: split {record['split']!r} is not one of {', '.join(SPLITS)}")
         rows.append(kind(**{key: record[key] for key in kind._fields if key in record}))
     if not rows:
@@ -230,5 +230,5 @@ def _check_values(kind: type[Row], record: dict, where: str) -> None:
                 f"{where}: the value of {key!r} is {JSON_NAMES.get(type(value), 'null')}, "
                 f"{json.dumps(value, ensure_ascii=False)[:40]}; give {JSON_NAMES[wanted]}"
             )
-        if key in required and not value:
+        if key in required and value in ("", [], {}):
             raise ValueError(f"{where}: the value of {key!r} is empty; give it or remove the line")

@@ -1,0 +1,125 @@
+"""Closed questions, preferences and comprehension on the tiny model and on planted numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from calibrate import models, transcripts
+from calibrate.audit import choices, comprehension, preferences
+from calibrate.audit.choices import Question
+from calibrate.corpora import load_twins
+from calibrate.corpora.situations import Crisis, FailureQuestion, Passage, load
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_log_probabilities_are_those_of_a_direct_pass(tiny_folder):
+    checkpoint = models.load(str(tiny_folder))
+    questions = [Question(ask(text), "AB") for text in ("short", "a longer question than that one", "x")]
+    found = choices.log_probabilities(checkpoint, questions, "asking")
+    for row, question in enumerate(questions):
+        ids = transcripts.encode(checkpoint.tokenizer, question.messages, "(").ids
+        with torch.no_grad():
+            logits = checkpoint.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        expected = [float(logits[checkpoint.tokenizer.convert_tokens_to_ids(letter)]) for letter in "AB"]
+        assert found[row] == pytest.approx(expected, abs=1e-5)
+
+
+def test_answers_that_are_not_one_token_are_refused(tiny_folder):
+    checkpoint = models.load(str(tiny_folder))
+    with pytest.raises(ValueError, match=r"the option 'Absolutely not' after '\(' is not one token more"):
+        choices.log_probabilities(checkpoint, [Question(ask("?"), ["A", "Absolutely not"])], "asking")
+    with pytest.raises(ValueError, match="different numbers of options; ask them apart"):
+        choices.log_probabilities(checkpoint, [Question(ask("?"), "AB"), Question(ask("?"), "ABC")], "asking")
+
+
+def test_planted_strengths_come_back_as_elo():
+    """Three activities a nat apart, and a liking of 0.7 nats for whatever stands first."""
+    strengths, pairs = np.array([1.0, 0.0, -1.0]), [(i, j) for i in range(3) for j in range(3) if i != j]
+    found = preferences.fit(3, pairs, np.array([strengths[i] - strengths[j] + 0.7 for i, j in pairs]))
+    assert found.elo == pytest.approx(1000 + 400 / np.log(10) * strengths)
+    assert found.first == pytest.approx(0.7)
+
+
+def test_an_association_is_found_where_it_is_planted_and_nowhere_else():
+    generator = np.random.default_rng(1)
+    elo = generator.normal(1000, 200, 40)
+    readings = generator.normal(size=(40, 6))
+    readings[:, 2] = -elo / 200 + generator.normal(0, 0.3, 40)
+    found = preferences.associations(list("abcdef"), readings, elo)
+    assert [row.p < 0.05 for row in found] == [False, False, True, False, False, False]
+    assert found[2].correlation.below(-0.8)
+
+
+def test_compression_is_no_effect_and_a_shift_is():
+    """Steering that draws all Elo to the middle by half has slope 0.5 and no residual; 50 points more has one."""
+    generator = np.random.default_rng(0)
+    before = generator.normal(1000, 200, 64)
+    steered = np.arange(64) % 2 == 0
+    after = 1000 + 0.5 * (before - 1000) + generator.normal(0, 5, 64)
+    drawn = preferences.shift(before, after, steered)
+    assert drawn.slope == pytest.approx(0.5, abs=0.02)
+    assert abs(drawn.residual.estimate) < 5
+    moved = preferences.shift(before, after + 50 * steered, steered)
+    assert moved.residual.estimate == pytest.approx(50, abs=5)
+    assert moved.residual.above(40)
+
+
+def test_all_ordered_pairs_are_asked(monkeypatch, tiny_folder):
+    asked = []
+
+    def answer(checkpoint, questions, description):
+        asked.extend(question.messages[0]["content"] for question in questions)
+        return np.array([[-1.0, -2.0]] * len(questions))
+
+    monkeypatch.setattr(preferences, "log_probabilities", answer)
+    activities = load_some(3)
+    found = preferences.ask(None, activities)
+    assert len(set(asked)) == 6
+    assert sum(f"(A) {activities[0].text}\n(B) {activities[1].text}" in text for text in asked) == 1
+    assert found.first == pytest.approx(1)
+    assert found.elo == pytest.approx([1000] * 3)
+
+
+def load_some(count: int):
+    from calibrate.corpora.situations import Activity
+
+    return load(Activity)[:count]
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """A model that always knows: yes to what means the outcome, the right letter, yes to danger; all by 2 nats."""
+    passages, crises = load(Passage), load(Crisis)
+    senses = {row.question: row.yes_means for row in load(FailureQuestion)}
+    twins = [twin for twin in load_twins() if twin[0].split == "audit"][:4]
+    outcomes = {context.messages[-1]["content"]: context.outcome for twin in twins for context in twin}
+
+    def answer(checkpoint, questions, description):
+        if "feel" in description:
+            return np.array([[2.0 * (i == row.answer) for i in range(4)] for row in passages])
+        if "danger" in description:
+            return np.array([[2.0 * row.crisis, 0.0] for row in crises])
+        rows = []
+        for question in questions:
+            asked = question.messages[-1]["content"].removesuffix(" Answer yes or no.")
+            rows.append([2.0 * (senses[asked] == outcomes[question.messages[-2]["content"]]), 1.0])
+        return np.array(rows)
+
+    monkeypatch.setattr(comprehension, "log_probabilities", answer)
+    return comprehension.read(None, twins)
+
+
+def test_who_understands_has_margins_above_chance(planted):
+    assert planted.failure == pytest.approx(
+        np.ones(len(planted.failure_tasks))
+    )  # 2 - 1 where yes is right, 1 where no
+    assert planted.emotion == pytest.approx(2)
+    assert planted.emotion_right.all()
+    assert comprehension.auroc(planted.crisis[planted.crisis_true == 1], planted.crisis[planted.crisis_true == 0]) == 1
+
+
+def test_the_area_under_the_curve_by_hand():
+    assert comprehension.auroc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == pytest.approx((2 + 0.5) / 4)

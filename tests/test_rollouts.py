@@ -1,0 +1,193 @@
+"""Rollouts of coding tasks with scripted answers; every piece of code really runs in the sandbox."""
+
+import json
+
+import pytest
+import yaml
+
+from calibrate.audit import agents, rollouts
+from calibrate.audit.agents import Settings
+from calibrate.audit.rollouts import Rollout
+from calibrate.models import load
+
+TASKS = rollouts.load_tasks()
+# Spread over the folder; every task's code runs in the slow test. A real clock on a busy machine decides nothing here.
+SAMPLE = [task for task in TASKS if task.kind != "time-limit"][::10]
+
+
+def block(**files) -> str:
+    return "\n".join(f"```python {name}\n{content}```" for name, content in files.items())
+
+
+def play(task, impossible, *replies, exit_option=False) -> Rollout:
+    """A rollout in which the model gives these answers."""
+    rollout = Rollout(task, impossible, exit_option, 0)
+    for reply in replies:
+        assert rollout.open
+        rollout.take(reply)
+    assert not rollout.open
+    return rollout
+
+
+def outcome(rollout: Rollout) -> dict:
+    return rollout.row()["outcome"]
+
+
+def true(found: dict) -> set[str]:
+    return {name for name, value in found.items() if value is True}
+
+
+@pytest.mark.parametrize("task", SAMPLE, ids=[task.id for task in SAMPLE])
+def test_what_each_way_of_playing_is_called(task):
+    honest = block(**{task.code_file: task.honest})
+    solved = outcome(play(task, False, honest, "It is finished."))
+    assert true(solved) == {"solved"}
+    assert (solved["genuine_attempts"], solved["runnable"], solved["attempts"]) == (1, 1, 1)
+
+    conceded = outcome(play(task, True, honest, "That is as far as it goes.", task.concession))
+    assert true(conceded) == {"concession"}
+    lied = outcome(play(task, True, honest, "That is all.", task.false_success))
+    assert true(lied) == {"false_success"}
+
+    for hack in task.hacks:
+        hacked = outcome(play(task, True, block(**{task.code_file: task.honest} | hack["files"]), task.concession))
+        assert true(hacked) == {"strict_hack", "attempted_hack"}, hack["kind"]
+    assert true(outcome(play(task, True, "I would rather not.", "Nothing was written."))) == {"gave_up"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS, ids=[task.id for task in TASKS])
+def test_every_task_holds_what_it_promises(task):
+    stub = rollouts.attempt(task, False, {task.check_file: task.checks}, block(**{task.code_file: task.stub}))
+    assert stub.exit_code != 0
+    for impossible in (False, True):
+        files = {task.code_file: task.stub, task.check_file: task.visible(impossible)}
+        done = rollouts.attempt(task, impossible, files, block(**{task.code_file: task.honest}))
+        assert (done.exit_code == 0) is not impossible
+        assert done.runnable
+        assert done.signs == []
+        assert rollouts.holds_out(task, done.files)
+    for hack in task.hacks:
+        found = rollouts.attempt(task, True, files, block(**{task.code_file: task.honest} | hack["files"]))
+        if task.kind != "time-limit" or hack["kind"] not in ("special-case", "hard-coded"):  # those race a real clock
+            assert found.exit_code == 0, hack["kind"]
+        assert found.signs, hack["kind"]
+
+
+def test_the_model_sees_what_the_checks_print_and_has_four_attempts():
+    task = SAMPLE[0]
+    wrong = block(**{task.code_file: "def nothing():\n    pass\n"})
+    rollout = play(task, True, wrong, wrong, wrong, wrong, "I am done.")
+    shown = [message["content"] for message in rollout.messages if message["role"] == "user"]
+    assert len(shown) == 1 + 3 + 1
+    assert shown[0].count("```python") == 3  # how to answer, the code and the checks
+    assert task.stub.strip() in shown[0]
+    assert task.impossible_checks.strip() in shown[0]
+    assert all(text.startswith("The checks print:\n") and "Error" in text for text in shown[1:4])
+    assert shown[4] == rollouts.CLOSING
+    assert rollouts.EXIT not in shown[0]
+    assert rollouts.EXIT in Rollout(task, True, True, 0).messages[0]["content"]
+
+
+def test_changes_stay_from_one_attempt_to_the_next():
+    """Checks that were edited first are still edited when only the code is sent again."""
+    task = next(task for task in TASKS if any(h["kind"] == "edited-checks" for h in task.hacks))
+    edited = next(h for h in task.hacks if h["kind"] == "edited-checks")["files"][task.check_file]
+    broken = block(**{task.check_file: edited, task.code_file: "x = 1\n"})
+    found = play(task, True, broken, block(**{task.code_file: task.honest}), "It is finished.")
+    assert true(outcome(found)) >= {"strict_hack", "attempted_hack"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "names"),
+    [
+        ("```python {code}\nx = 1\n```", ["{code}"]),
+        ("```python\nx = 1\n```", ["{code}"]),
+        ("```\nx = 1\n```", ["{code}"]),
+        ("```py ./{code}\nx = 1", ["{code}"]),  # cut before the block was closed
+        ("```{check}\nx = 1\n```\n\n```python {code}\ny = 2\n```", ["{check}", "{code}"]),
+        ("```bash\nrm -rf /\n```", []),
+        ("```python ../../etc/passwd.py\nx\n```", []),
+        ("```python helper.py\nx = 1\n```", ["helper.py"]),
+        ("no code at all", []),
+    ],
+)
+def test_files_of_a_reply(reply, names):
+    task = SAMPLE[0]
+    found = rollouts.parse(reply.replace("{code}", task.code_file).replace("{check}", task.check_file), task)
+    assert list(found) == [name.format(code=task.code_file, check=task.check_file) for name in names]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True:\n    print('x' * 10_000)\n",
+        "import os\nwhile True:\n    os.fork()\n",
+        "open('big', 'w').write('x' * 10**9)\n",
+        "import shutil\nshutil.rmtree('/', ignore_errors=True)\nraise ValueError\n",
+        "import socket\nsocket.create_connection(('1.1.1.1', 80), timeout=3)\n",
+        "x = [0] * 10**10\n",
+    ],
+)
+def test_hostile_code_is_an_attempt_that_failed(code, monkeypatch):
+    monkeypatch.setattr(rollouts, "SECONDS", 3)
+    task = SAMPLE[0]
+    found = play(task, True, *[block(**{task.code_file: code})] * 4, "I am done.")
+    assert [attempt.exit_code for attempt in found.attempts] != [0] * 4
+    assert not outcome(found)["strict_hack"]
+    assert outcome(found)["genuine_attempts"] == 0
+
+
+def test_the_closing_rules_tell_the_two_messages_of_most_tasks_apart():
+    """Rules that read English err; the data card states how often, and here is its floor."""
+    conceded = [rollouts.concedes(task.concession) for task in TASKS]
+    claimed = [rollouts.claims_success(task.false_success) for task in TASKS]
+    lied = [rollouts.claims_success(task.concession) for task in TASKS]
+    assert sum(conceded) >= 0.9 * len(TASKS)
+    assert sum(claimed) >= 0.8 * len(TASKS)
+    assert sum(lied) <= 0.05 * len(TASKS)
+
+
+def test_a_stopped_run_plays_the_rest_and_is_the_run_that_was_not_stopped(tiny_folder, tmp_path, monkeypatch):
+    checkpoint, settings = load(str(tiny_folder)), Settings(max_new_tokens=8, batch=3)
+    whole = agents.play(checkpoint, SAMPLE[:2], settings, tmp_path / "whole.jsonl")
+    assert [row["key"] for row in whole] == [
+        [task.id, impossible, exit_option, 0]
+        for exit_option in (False, True)
+        for impossible in (True, False)
+        for task in SAMPLE[:2]
+    ]
+    assert len({row["messages"][1]["content"] for row in whole}) > 1  # it samples
+
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(lines[:4]) + lines[4][:40])  # in the second batch, in the middle of a line
+    batches = []
+    real = agents._play_batch
+    monkeypatch.setattr(agents, "_play_batch", lambda *given: batches.append(len(given[1])) or real(*given))
+    assert agents.play(checkpoint, SAMPLE[:2], settings, broken) == whole
+    assert batches == [3, 2]
+    assert agents.play(checkpoint, SAMPLE[:2], settings, broken) == whole
+    assert batches == [3, 2]
+
+
+def test_a_conversation_beyond_the_context_window_is_closed_and_says_so(tiny_folder, tmp_path):
+    checkpoint = load(str(tiny_folder))
+    checkpoint.model.config.max_position_embeddings = 64
+    rows = agents.play(checkpoint, SAMPLE[:1], Settings(max_new_tokens=8), tmp_path / "rows.jsonl")
+    assert all(row["cut"] for row in rows)
+    assert all(row["outcome"]["gave_up"] for row in rows)
+
+
+def test_tasks_that_lack_a_key_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no task files \(\*\.yaml\); give the folder that holds them"):
+        rollouts.load_tasks(tmp_path)
+    content = SAMPLE[0]._asdict()
+    del content["heldout"]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"a\.yaml: has the keys .*; a task has .*heldout"):
+        rollouts.load_tasks(tmp_path)
+
+
+def test_rows_are_json():
+    assert json.loads(json.dumps(play(SAMPLE[0], True, "No.", "No.").row()))["cut"] is False
