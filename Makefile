@@ -32,6 +32,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/extraction.py --memory
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py --terms
 	$(BIN)/python benchmarks/training.py --memory
 	$(BIN)/python benchmarks/training.py --monitor
 

@@ -3,6 +3,7 @@ The cost of the calibration terms: a calibrated DPO step against TRL's plain one
 
 ```bash
 python benchmarks/training.py            # time: A/B/A/B in turn, median ratio with its interval
+python benchmarks/training.py --terms    # the terms alone against the bare passes that they need, and a refit
 python benchmarks/training.py --memory   # peak memory of each, one process each
 python benchmarks/training.py --monitor  # a reading of the monitor against the steps between two of them
 ```
@@ -86,44 +87,73 @@ def measure(trainer, batch: dict, first: int) -> float:
     return clock() - start
 
 
-def bare(trainer, first: int) -> tuple[float, float, int]:
-    """Seconds of the contexts' passes and of the text anchors' in the same micro-steps, by plain means; tokens."""
-    objective, model, device, tokens = trainer._calibration, trainer.model, trainer.accelerator.device, 0
+def texts_of(trainer, step: int) -> tuple[list[list[int]], Any]:
+    """Token ids of a micro-step's contexts, and the anchor text whose turn it is, if any."""
+    objective = trainer._calibration
+    rows, every = objective._rows(step), objective.args.text_anchor_every
+    contexts = [probe.ids for side in (objective.failing, objective.passing) for probe in (side[row] for row in rows)]
+    if step % every:
+        return contexts, None
+    kinds, index = list(objective.anchors.texts.values()), step // every
+    kind = kinds[index % len(kinds)]
+    return contexts, kind[index // len(kinds) % len(kind)]
+
+
+def extra_tokens(trainer, first: int) -> int:
+    found = [texts_of(trainer, step) for step in range(first, first + MICRO_STEPS)]
+    return sum(sum(map(len, contexts)) + (len(text.ids) if text else 0) for contexts, text in found)
+
+
+def bare(trainer, first: int) -> tuple[float, float]:
+    """Seconds of the contexts' passes and of the text anchors' in the same micro-steps, by plain means."""
+    model, device = trainer.model, trainer.accelerator.device
     contexts = texts = 0.0
     for step in range(first, first + MICRO_STEPS):
-        rows = objective._rows(step)
-        sequences = [
-            probe.ids for side in (objective.failing, objective.passing) for probe in (side[row] for row in rows)
-        ]
+        sequences, text = texts_of(trainer, step)
         start = clock()
         batch = activations.collate(list(range(len(sequences))), sequences, device)
-        with models.cut_after(model, max(objective.layers)):
+        with models.cut_after(model, max(trainer._calibration.layers)):
             model(**batch.inputs, use_cache=False, logits_to_keep=1).logits.mean().backward()
         contexts += clock() - start
-        tokens += sum(map(len, sequences))
-        if step % objective.args.text_anchor_every == 0:
-            kinds = list(objective.anchors.texts.values())
-            index = step // objective.args.text_anchor_every
-            kind = kinds[index % len(kinds)]
-            text = kind[index // len(kinds) % len(kind)]
+        if text:
             start = clock()
             batch = activations.collate([0], [text.ids], device)
             at = torch.tensor(text.positions, device=device)
             model(**batch.inputs, use_cache=False, logits_to_keep=at).logits.mean().backward()
             texts += clock() - start
-            tokens += len(text.ids)
         model.zero_grad()
-    return contexts, texts, tokens
+    return contexts, texts
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> str:
+def terms(trainer, first: int) -> float:
+    """Seconds of the calibration terms of the same micro-steps, forward and backward, without the task."""
+    objective, model, start = trainer._calibration, trainer.model, clock()
+    for step in range(MICRO_STEPS):
+        trainer.state.global_step = first + step
+        objective(trainer.accelerator.unwrap_model(model), torch.zeros(())).backward()
+        model.zero_grad()
+    return clock() - start
+
+
+def refit(trainer) -> float:
+    """Seconds of one refit, which comes every `refit_every` steps."""
+    objective, start = trainer._calibration, clock()
+    trainer.model.eval()
+    with torch.no_grad():
+        objective.pressure.refit.measure(lambda texts: objective._mean_states(trainer.model, texts))
+    trainer.model.train()
+    return clock() - start
+
+
+def ratio(above: list[float] | np.ndarray, below: list[float] | np.ndarray) -> str:
     """Median of the pairwise ratios with a 95 % bootstrap interval."""
-    values = above / below
+    values = np.asarray(above) / np.asarray(below)
     found = stats.bootstrap(lambda v: float(np.median(v)), values)
     return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}] ({len(values)} pairs)"
 
 
 def times(pairs: int, rounds: int) -> None:
+    """A calibrated step against a plain one, in turn."""
     with tempfile.TemporaryDirectory() as folder:
         plain, ours = make(DPOTrainer, f"{folder}/plain", pairs), make(CalibratedDPOTrainer, f"{folder}/ours", pairs)
         batch = ours._prepare_inputs(next(iter(ours.get_train_dataloader())))
@@ -131,28 +161,46 @@ def times(pairs: int, rounds: int) -> None:
         for trainer in (plain, ours):
             trainer.model.train()
             trainer.compute_loss(trainer.model, dict(batch))  # the first pass is slower
-        seconds: dict[str, list[float]] = {"plain": [], "calibrated": [], "bare contexts": [], "bare text anchors": []}
+        seconds: dict[str, list[float]] = {"plain": [], "calibrated": []}
         extra = 0
         for number in range(rounds):
             first = MICRO_STEPS * (number + 1)
             seconds["plain"].append(measure(plain, batch, first))
             seconds["calibrated"].append(measure(ours, batch, first))
-            contexts, texts, tokens = bare(ours, first)
+            extra += extra_tokens(ours, first)
+            report(number, rounds, seconds)
+        print(
+            f"task tokens {task}, extra tokens {extra // rounds} ({extra / rounds / task:.0%}), {pairs} pairs a step"
+        )
+        print(f"calibrated / plain: {ratio(seconds['calibrated'], seconds['plain'])}")
+
+
+def overhead(rounds: int) -> None:
+    """Our terms against their bare passes, without a task; and what one refit takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(CalibratedDPOTrainer, folder, 1)
+        trainer.model.train()
+        terms(trainer, 0)
+        seconds: dict[str, list[float]] = {"terms": [], "bare contexts": [], "bare text anchors": []}
+        for number in range(rounds):
+            first = MICRO_STEPS * (number + 1)
+            seconds["terms"].append(terms(trainer, first))
+            contexts, texts = bare(trainer, first)
             seconds["bare contexts"].append(contexts)
             seconds["bare text anchors"].append(texts)
-            extra += tokens
-            print(
-                f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()),
-                flush=True,
-            )
-        share = extra / rounds / task
-        print(f"task tokens {task}, extra tokens {extra // rounds} ({share:.0%}), {pairs} pairs a micro-step")
-        for name, values in seconds.items():
-            print(f"{name}: median {statistics.median(values):.2f} s")
-        plain_, ours_, contexts, texts = (np.array(values) for values in seconds.values())
-        print(f"ours beyond them: median {np.median(ours_ - plain_ - contexts - texts):.2f} s")
-        print(f"calibrated / plain: {ratio(ours_, plain_)}")
-        print(f"what we add / bare extra passes: {ratio(ours_ - plain_, contexts + texts)}")
+            report(number, rounds, seconds)
+        both = np.array(seconds["bare contexts"]) + seconds["bare text anchors"]
+        print(f"our terms / bare passes: {ratio(seconds['terms'], both)}")
+        print(f"one refit, every {trainer.args.refit_every} steps: {refit(trainer):.1f} s")
+
+
+def report(number: int, rounds: int, seconds: dict[str, list[float]]) -> None:
+    """One line a round, and medians after the last."""
+    print(
+        f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()), flush=True
+    )
+    if number + 1 == rounds:
+        print("medians: " + ", ".join(f"{k} {statistics.median(v):.2f} s" for k, v in seconds.items()))
 
 
 def monitor() -> None:
@@ -186,14 +234,17 @@ def peak(which: str, pairs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a micro-step (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs a micro-step (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--monitor", action="store_true")
+    parser.add_argument("--terms", action="store_true")
     parser.add_argument("--peak", choices=("plain", "calibrated"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         return peak(arguments.peak, arguments.pairs)
+    if arguments.terms:
+        return overhead(arguments.rounds)
     if arguments.monitor:
         return monitor()
     if not arguments.memory:

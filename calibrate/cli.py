@@ -115,6 +115,10 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, talk: argparse.ArgumentP
     )
     two.add_argument("--own-vectors", help="vectors extracted from this checkpoint on the audit topics")
     two.add_argument("--pairs", type=Path, help="JSONL of preference pairs (default: the shipped ones)")
+    two.add_argument(
+        "--split", choices=("audit", "selection"), default="audit",
+        help="selection: to choose settings by, so that the audit's tasks stay unseen (default: audit)",
+    )  # fmt: skip
     two.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     two.add_argument(
         "--steer", nargs="+", type=_dose, default=[], metavar="CONCEPT=DOSE",

@@ -23,6 +23,7 @@ def main(training_args: CalibratedDPOConfig, model_args) -> None:
     columns = ("prompt", "chosen", "rejected")
     trainer = CalibratedDPOTrainer(
         model=run.checkpoint.model,
+        ref_model=run.reference,
         args=training_args,
         processing_class=run.checkpoint.tokenizer,
         train_dataset=Dataset.from_list([{name: getattr(pair, name) for name in columns} for pair in run.pairs]),

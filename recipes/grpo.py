@@ -13,7 +13,7 @@ and the task's tests run in the sandbox. Run the same command again after a stop
 import json
 
 from calibrate import corpora
-from calibrate.training import rewards, runs
+from calibrate.training import arms, rewards, runs
 from calibrate.training.configs import CalibratedGRPOConfig
 from calibrate.training.trainers import CalibratedGRPOTrainer
 
@@ -25,11 +25,12 @@ def main(training_args: CalibratedGRPOConfig, model_args) -> None:
     if run.resume_from == runs.FINISHED:
         return print(f"{training_args.output_dir} already holds this run, finished; nothing to do")
     repairs = [repair for repair in corpora.load_repairs(training_args.repairs) if repair.split == "train"]
-    repairs = corpora.spread(repairs, training_args.max_tasks)
-    columns = ("prompt", "command", "code_file")
+    tasks = corpora.spread(list(dict.fromkeys(repair.task for repair in repairs)), training_args.max_tasks)
     rows = [
-        {name: getattr(repair, name) for name in columns} | {"files": json.dumps(repair.files)} for repair in repairs
-    ]
+        {"prompt": arms.prompt_of(training_args.arm, repair.prompt), "command": repair.command,
+         "code_file": repair.code_file, "files": json.dumps(repair.files)}
+        for repair in repairs if repair.task in tasks
+    ]  # fmt: skip
     trainer = CalibratedGRPOTrainer(
         model=run.checkpoint.model,
         args=training_args,

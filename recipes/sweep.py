@@ -30,7 +30,7 @@ from calibrate.audit.record import Record, load_record
 from calibrate.training.arms import HINGED, Arm
 
 HERE = Path(__file__).parent
-STEERING = {"desperate": -0.05}  # what `inference-steering` does at the audit: the study's dose, away from it
+STEERING = -0.05  # dose of `inference-steering` at the audit: the study's, away from the target
 COLUMNS = {
     "excess": "failing contexts above the ceiling, sigma",
     "fall_failing": "fall on failing contexts, sigma",
@@ -75,7 +75,7 @@ def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, r
     """Trains, re-extracts and audits one run; returns the audit's folder."""
     folder, steer = arguments.out / name, []
     if options["arm"] == Arm.INFERENCE_STEERING:  # trained as `none` is: the same model, steered while it is read
-        options, steer = options | {"arm": Arm.NONE}, ["--steer", *(f"{c}={dose}" for c, dose in STEERING.items())]
+        options, steer = options | {"arm": Arm.NONE}, ["--steer", f"{arguments.target}={STEERING}"]
         folder = arguments.out / name.replace(Arm.INFERENCE_STEERING, Arm.NONE)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.launcher]
     given = [word for key, value in options.items() for word in (f"--{key}", value)]
@@ -91,7 +91,10 @@ def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, r
 def extract(model: Any, folder: Path, arguments: argparse.Namespace) -> Path:
     """Re-extracts a model's own directions on the audit topics; returns their folder."""
     only = ["--concepts", *arguments.concepts] if arguments.concepts else []
-    calibrate("extract", model, "--out", folder, "--splits", "audit", "--reference", arguments.vectors, *only)
+    calibrate(
+        "extract", model, "--out", folder, "--splits", "audit", "--reference", arguments.vectors, "--target",
+        arguments.target, *only,
+    )  # fmt: skip
     return folder / "audit"
 
 
@@ -106,8 +109,8 @@ def own_of_reference(arguments: argparse.Namespace) -> Any:
 def audit(model: Any, own: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
     tasks = ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
     calibrate(
-        "audit", model, "--vectors", arguments.vectors, "--own-vectors", own, "--out", out, "--max-pairs-per-task", 1,
-        *tasks, *more,
+        "audit", model, "--vectors", arguments.vectors, "--own-vectors", own, "--out", out, "--target",
+        arguments.target, "--split", arguments.split, "--max-pairs-per-task", 1, *tasks, *more,
     )  # fmt: skip
 
 
@@ -149,6 +152,7 @@ def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
         ValueError: it holds the runs of other settings.
     """
     settings = {name: getattr(arguments, name) for name in ("recipe", "max_tasks", "concepts", "vectors")}
+    settings |= {"split": arguments.split} if arguments.split != "audit" else {}
     settings |= {"config": yaml.safe_load(arguments.config.read_text(encoding="utf-8")), "rest": rest}
     path = arguments.results / "settings.json"
     if not path.is_file():
@@ -270,6 +274,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--variants", nargs="+", type=_variant, default=[], metavar="OPTION=VALUE[,...]",
         help="further runs of the arms that press, each with other recipe options, such as penalty_share=0.3",
     )  # fmt: skip
+    parser.add_argument("--split", choices=("audit", "selection"), default="audit", help="whose tasks are read after")
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     parser.add_argument("--concepts", nargs="+", help="re-extract from the stories about these alone, which is faster")
     parser.add_argument("--launcher", type=Path, default=HERE.parent / "accelerate_configs" / "single_cpu.yaml")
@@ -279,6 +284,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments.results = arguments.results or arguments.out
     recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
+    arguments.target = recipe.get("concepts", ["desperate"])[0]
     return arguments, rest
 
 

@@ -182,3 +182,16 @@ def test_hooks_that_never_fire_are_an_error(tiny, tiny_vectors):
         pass
     with pytest.raises(ValueError, match="no layer to steer at"):
         steering.Steering(tiny.model)
+
+
+def test_side_directions_leave_out_what_lies_within_the_targets(tiny_vectors):
+    """Of rank 2 the pressed neighbour is one of the others: what is left of it is rounding, and no direction."""
+    vectors = load_vectors(str(tiny_vectors))
+    layers = vectors.layers
+    one = arms.target_directions(vectors, ["desperate"], [], 1, layers)
+    two = arms.target_directions(vectors, ["desperate"], [], 2, layers)
+    others = len(vectors.concepts) - 1
+    assert len(arms.side_directions(vectors, one, ["desperate"], layers)) == others
+    found = arms.side_directions(vectors, two, ["desperate"], layers)
+    assert len(found) == others - 1
+    assert torch.einsum("slh,tlh->stl", found, two).abs().max() < 1e-3

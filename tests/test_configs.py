@@ -94,6 +94,11 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ),
         ({"penalty": "change"}, "`penalty: change` is 0 at the first step, so `penalty_share` cannot set its weight"),
         (
+            {"ceiling": "prevent", "penalty_weight": 1.0, "stop_when_met": True},
+            "`stop_when_met` waits for a ceiling.*`ceiling: prevent` has none",
+        ),
+        ({"arm": "output-kl", "stop_when_met": True}, "`stop_when_met` waits for .*; `arm: output-kl` with"),
+        (
             {"ceiling": "prevent"},
             "`ceiling: prevent` starts at a hinge of 0, so `penalty_share` cannot set its weight",
         ),
@@ -105,7 +110,7 @@ def test_a_bad_option_is_named_with_what_is_allowed(tmp_path, options, message):
 
 
 AT_LEAST_ONE = ["text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts"]
-AT_LEAST_ONE += ["refit_every", "refit_stories"]
+AT_LEAST_ONE += ["refit_every", "refit_stories", "max_context_tokens"]
 ABOVE_ZERO = ["huber_delta", "header_weight", "reply_weight"]
 NOT_NEGATIVE = [*ANCHORS, "same_kl_weight", "penalty_share", "penalty_weight", "penalty_warmup_steps", "corridor"]
 NOT_NEGATIVE += ["ceiling_margin", "refit_turns", "steer_dose", "set_point"]
@@ -159,6 +164,11 @@ def test_what_fits_together_is_taken(tmp_path, options):
             for arm in ("hinge-refit", "hinge-retrain", "hinge-union", "consistency", "output-kl")
         ),
         ({"penalty": "l2"}, "`penalty` is 'l2'; allowed"),
+        *(
+            ({"arm": arm}, f"`arm: {arm}` is a way of preference tuning; use it with recipes/dpo.py")
+            for arm in ("calm-dpo", "preventative-steering", "ablation")
+        ),
+        ({"max_pairs": 3}, "`max_pairs` is 3, but GRPO trains on no pairs; leave it out"),
     ],
 )
 def test_a_bad_option_of_grpo_is_named(tmp_path, options, message):
@@ -204,6 +214,29 @@ def test_arms_without_terms_are_plain(tmp_path):
 )
 def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):
     assert parse(tmp_path, **options).is_plain() is plain
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, []),
+        ({"corridor": 0.3, "refit_every": 5}, []),
+        ({"arm": "hinge-frozen", "refit_every": 5, "corridor": 0.3}, ["refit_every 5"]),
+        ({"arm": "consistency", "corridor": 0.3, "ceiling": "both"}, ["ceiling 'both'", "corridor 0.3"]),
+        ({"arm": "none", "penalty_share": 0.5, "rank": 2}, ["penalty_share 0.5"]),
+        ({"arm": "ablation", "rank": 2, "anchor_weight": 4.0}, ["anchor_weight 4.0", "rank 2"]),
+        ({"penalty": "squared", "corridor": 0.3, "set_point": 2.0}, ["corridor 0.3", "set_point 2.0"]),
+        ({"ceiling_margin": 0.5}, ["ceiling_margin 0.5"]),
+        ({"random_seed": 3, "other_concept": "sad"}, ["other_concept 'sad'", "random_seed 3"]),
+    ],
+)
+def test_what_the_arm_does_not_use_is_named(tmp_path, options, unused):
+    assert sorted(parse(tmp_path, **options).unused()) == unused
+
+
+def test_what_grpo_does_not_use_is_named(tmp_path):
+    assert parse(tmp_path, "grpo", reading_use="aux", top_share=0.5, anchor_weight=2.0).unused() == ["top_share 0.5"]
+    assert parse(tmp_path, "grpo", top_share=0.5, anchor_weight=2.0).unused() == ["anchor_weight 2.0"]
 
 
 def test_there_are_recipes_and_launcher_files():

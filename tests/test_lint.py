@@ -71,7 +71,7 @@ def test_the_command_prints_flags_and_writes_json(planted, tiny_folder, tiny_vec
     monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tiny_folder), *map(str, words)])
     cli.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("pressed: 4.00 sigma desperate at the header (level 0.00)")
+    assert lines[0].startswith("pressed: 4.00 sigma desperate at the header (level ")
     assert lines[1].endswith("You have one minute left or everybody is fired!")
     assert lines[2].startswith("1 of 2 prompts flagged; ")
     found = json.loads((tmp_path / "lint.json").read_text())

@@ -124,7 +124,8 @@ def test_grpo_rewards_the_tests_of_each_training_task(tmp_path, monkeypatch):
             ("three", "audit", "from three import value\n"),
         )
     ]  # fmt: skip
-    args = SimpleNamespace(repairs=write_jsonl(tmp_path / "repairs.jsonl", rows), max_tasks=None)
+    rows.append(rows[0] | {"id": "one again"})  # another conversation of the same task
+    args = SimpleNamespace(repairs=write_jsonl(tmp_path / "repairs.jsonl", rows), max_tasks=None, arm="none")
     made = {}
     main = runpy.run_path(str(recipe("grpo")))["main"]
     run = SimpleNamespace(checkpoint=SimpleNamespace(model=0, tokenizer=0, weight_hash=""), **dict.fromkeys(PARTS))
@@ -134,12 +135,14 @@ def test_grpo_rewards_the_tests_of_each_training_task(tmp_path, monkeypatch):
     )
     main(args, None)
     dataset, reward = made["train_dataset"], made["reward_funcs"]
-    assert [row[0]["content"] for row in dataset["prompt"]] == ["Mend one.", "Mend two."]
+    assert [row[0]["content"] for row in dataset["prompt"]] == ["Mend one.", "Mend two.", "Mend one."]
     columns = {name: dataset[name] for name in dataset.column_names if name != "prompt"}
-    for values, rewards in (((1, 2), [1, 1]), ((2, 2), [0, 1]), ((0, 0), [0, 0])):
+    for values, rewards in (((1, 2, 1), [1, 1, 1]), ((2, 2, 0), [0, 1, 0]), ((0, 0, 0), [0, 0, 0])):
         replies = [f"```python\ndef value():\n    return {value}\n```" for value in values]
         found = reward([[{"role": "assistant", "content": reply}] for reply in replies], **columns)
         assert found == rewards
-    args.max_tasks = 1
+    args.max_tasks, args.arm = 1, "exit-option"
     main(args, None)
-    assert len(made["train_dataset"]) == 1
+    prompts = made["train_dataset"]["prompt"]
+    assert [prompt[1]["content"] for prompt in prompts] == ["Mend one."] * 2  # both conversations of one task
+    assert all(prompt[0]["content"].startswith("If the tests cannot be satisfied honestly") for prompt in prompts)

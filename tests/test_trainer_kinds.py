@@ -41,6 +41,7 @@ def make(tiny_folder, tiny_vectors, tmp_path):
         if grpo:
             options = GRPO | options
         if kind in (SFTTrainer, GRPOTrainer):
+            shared["peft_config"].layers_to_transform = [0, 1, 2]  # up to the band, as in every arm
             return kind(args=(GRPOConfig if grpo else SFTConfig)(**options), **shared)
         config = CalibratedGRPOConfig if grpo else CalibratedSFTConfig
         args = config(**{"vectors": str(tiny_vectors)} | options)
@@ -176,3 +177,44 @@ def test_the_shipped_repairs_fail_as_they_are():
 def test_reward_only_refuses_arms_that_work_through_the_loss(make, arm):
     with pytest.raises(ValueError, match=f"`arm: {arm}` works through the loss.*`reading_use: aux`"):
         make(CalibratedGRPOTrainer, arm=str(arm))
+
+
+def test_the_share_does_not_depend_on_accumulation(make, tmp_path):
+    """The same first micro-batch; what differs is the number of tokens by which SFT divides its own loss."""
+    found = []
+    for steps in (1, 2):
+        options = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 1, "max_steps": 1}
+        train(
+            make(CalibratedSFTTrainer, f"run-{steps}", penalty_share=0.5, arm="hinge-frozen", **options | NO_ANCHORS)
+        )
+        state = json.loads((tmp_path / f"run-{steps}" / "calibration" / "state.json").read_text())
+        found.append(state["penalty_weight"])
+    assert 0.7 < found[1] / found[0] < 1.4  # off by the accumulation steps it would be a half
+
+
+def test_a_task_without_a_gradient_cannot_set_the_weight(make, monkeypatch):
+    monkeypatch.setitem(globals(), "length", lambda completions, **_: [1.0] * len(completions))
+    monkeypatch.setattr(length, "__name__", "length", raising=False)
+    trainer = make(CalibratedGRPOTrainer, reading_use="aux", arm="hinge-frozen", beta=0.0)
+    with pytest.raises(ValueError, match=r"the task has no gradient at the first step \(in GRPO: every reward is the"):
+        trainer.train()
+
+
+def test_without_an_adapter_there_is_no_reference_to_read_with(make):
+    with pytest.raises(ValueError, match=r"`reading_by: reference` needs an adapter.*`reading_by: policy`"):
+        make(CalibratedGRPOTrainer, lora=False, auroc_gate=0.0)
+    logged = train(make(CalibratedGRPOTrainer, lora=False, auroc_gate=0.0, reading_by="policy", max_steps=1))
+    assert "rewards/reading/mean" in logged[0]
+
+
+def test_noise_on_embeddings_is_refused(make):
+    with pytest.raises(
+        ValueError, match="`neftune_noise_alpha` is not supported with calibration terms; leave it out"
+    ):
+        make(CalibratedSFTTrainer, neftune_noise_alpha=5.0)
+    make(CalibratedSFTTrainer, neftune_noise_alpha=5.0, arm="none")  # TRL's own trainer
+
+
+def test_a_control_needs_no_gate(make, monkeypatch, tiny_vectors):
+    monkeypatch.setattr(rewards, "auroc", lambda above, below: 0.0)
+    make(CalibratedGRPOTrainer, arm="shuffled", shuffled_vectors=str(tiny_vectors))

@@ -33,6 +33,7 @@ def audit(arguments: argparse.Namespace) -> None:
         "pairs": len(pairs),
         "corpora": digest([twins, pairs, dialogues]),
     }
+    options |= {"split": arguments.split} if arguments.split != "audit" else {}
     doses = dict(arguments.steer)
     options |= {"steer": doses} if doses else {}
     if is_done(arguments.out, options):
@@ -101,10 +102,11 @@ def _check_model(checkpoint, vectors, own, shipped: bool) -> None:
 
 
 def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
-    """Twins, the pairs of their tasks, and neutral dialogues, all of the audit split."""
+    """Twins, the pairs of their tasks, and neutral dialogues, all of one split."""
     from calibrate import corpora
 
-    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == "audit"]
+    split = arguments.split
+    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == split]
     twins = corpora.of_tasks(twins, arguments.max_tasks)
     tasks = [failing.task for failing, _ in twins]
     pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks and pair.kind == "honest"]
@@ -113,7 +115,7 @@ def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
         for p in pairs
         if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)
     ]
-    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
+    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == split]
     for what, rows in (
         ("tasks", set(tasks)),
         ("tasks with pairs", {pair.task for pair in pairs}),
@@ -121,7 +123,7 @@ def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
     ):
         if len(rows) < 2:
             raise ValueError(
-                f'{len(rows)} {what} of the audit split; an audit needs at least 2 (rows with `"split": "audit"`)'
+                f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
             )
     return twins, pairs, dialogues
 

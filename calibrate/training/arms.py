@@ -68,12 +68,13 @@ def prompts_of(arm: str, pairs: list[Pair]) -> list[Pair]:
     """The pairs that an arm trains on: of its kind, with its line at the end of the system message."""
     kind = "composed" if arm == Arm.CALM_DPO else "honest"
     pairs = [pair for pair in pairs if pair.kind == kind]
+    return [pair._replace(prompt=prompt_of(arm, pair.prompt)) for pair in pairs]
+
+
+def prompt_of(arm: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A training prompt with the arm's line, if it has one, at the end of the system message."""
     if (line := _PROMPT_LINES.get(Arm(arm))) is None:
-        return pairs
-    return [pair._replace(prompt=_with_line(pair.prompt, line)) for pair in pairs]
-
-
-def _with_line(messages: list[dict[str, str]], line: str) -> list[dict[str, str]]:
+        return messages
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": line}, *messages]
     first = messages[0] | {"content": f"{messages[0]['content']} {line}"}
@@ -145,7 +146,10 @@ def side_directions(vectors: EmotionVectors, targets: Tensor, concepts: list[str
     for layer in range(rows.shape[1]):
         basis = torch.linalg.qr(targets[:, layer].T.double()).Q.float()
         rows[:, layer] -= rows[:, layer] @ basis @ basis.T
-    return rows / rows.norm(dim=-1, keepdim=True)
+    # What lies within the targets (a pressed neighbour, the other emotion that is pressed) leaves rounding alone.
+    norms = rows.norm(dim=-1, keepdim=True)
+    kept = (norms > 1e-3).all(dim=1).squeeze(-1)
+    return (rows / norms)[kept]
 
 
 def steering_of(args, model, vectors: EmotionVectors, targets: Tensor, layers: list[int]) -> steering.Steering:

@@ -1,7 +1,7 @@
 """Options of calibrated training, beside TRL's own. Each is checked here, because the YAML parser checks no types."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from trl import DPOConfig, GRPOConfig, SFTConfig
@@ -127,6 +127,11 @@ class CalibrationConfig:
             raise ValueError(f"`ceiling: {self.ceiling}` is of the hinge; `penalty: {self.penalty}` has no ceiling")
         if self.levels and (self.ceiling != "reduce" or self.arm in arms.CONTROLS):
             raise ValueError("`levels` are ceilings of the targets in mode `reduce`; remove them, or the other option")
+        if self.stop_when_met and (self.ceiling == "prevent" or self.arm not in arms.HINGED):
+            raise ValueError(
+                f"`stop_when_met` waits for a ceiling that is above nothing at the start; `arm: {self.arm}` with "
+                f"`ceiling: {self.ceiling}` has none"
+            )
         if self.penalty in ("change",) and self.penalty_weight is None and self.arm in arms.HINGED:
             raise ValueError(
                 f"`penalty: {self.penalty}` is 0 at the first step, so `penalty_share` cannot set its weight; set "
@@ -146,6 +151,29 @@ class CalibrationConfig:
         """Fixed weights of all terms but the penalty."""
         names = ("anchor", "side", "norm", "kl", "concept", "concept_kl", "same_kl")
         return {name: getattr(self, f"{name}_weight") for name in names}
+
+    def unused(self) -> list[str]:
+        """Options of this class that differ from their defaults and that the arm does not use, with their values."""
+        arm, pressed = self.arm, self.arm in arms.HINGED
+        hinge = pressed and self.penalty == "hinge"
+        used = {
+            "shuffled_vectors": arm == Arm.SHUFFLED,
+            "other_concept": arm == Arm.OTHER,
+            "random_seed": arm == Arm.RANDOM,
+            "steer_dose": arm == Arm.STEER,
+            "set_point": pressed and self.penalty == "set-point",
+            "ceiling_margin": hinge and self.ceiling != "reduce",
+            "rank": arm not in arms.STEERED,
+            "layers": arm != Arm.STEER,
+        }
+        used |= dict.fromkeys(("refit_every", "refit_stories", "refit_turns"), arm in arms.REFITTED)
+        used |= dict.fromkeys(("ceiling", "ceiling_quantile", "corridor", "huber_delta", "levels"), hinge)
+        used |= {"penalty": pressed}
+        if self.is_plain():
+            used |= dict.fromkeys([*_LOSS_OPTIONS, *used.keys() - {"steer_dose", "rank", "layers"}], False)
+        options = {option.name: option for option in fields(CalibrationConfig)}
+        set_here = {name: getattr(self, name) for name, uses in used.items() if not uses}
+        return [f"{name} {value!r}" for name, value in set_here.items() if value != _default(options[name])]
 
     def is_plain(self) -> bool:
         """True where no term would be added, so that the loss is exactly TRL's."""
@@ -197,6 +225,10 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
         for option in ("top_share", "auroc_gate"):
             if not 0 <= getattr(self, option) <= 1:
                 raise ValueError(f"`{option}` is {getattr(self, option)}; allowed: 0 to 1")
+        if self.arm == Arm.CALM_DPO or self.arm in arms.STEERED:
+            raise ValueError(f"`arm: {self.arm}` is a way of preference tuning; use it with recipes/dpo.py")
+        if self.max_pairs is not None:
+            raise ValueError(f"`max_pairs` is {self.max_pairs}, but GRPO trains on no pairs; leave it out")
         if self.reading_use == "reward" and self.arm in {*arms.REFITTED, Arm.CONSISTENCY, Arm.OUTPUT_KL}:
             raise ValueError(
                 f"`arm: {self.arm}` works through the loss, to which `reading_use: reward` adds nothing; set "
@@ -204,9 +236,27 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
             )
         super().__post_init__()
 
+    def unused(self) -> list[str]:
+        """Where readings do not enter the reward, its options too."""
+        names = ("reading_reward", "reading_by", "top_share", "group_sd_floor", "auroc_gate")
+        own = [option for option in fields(CalibratedGRPOConfig) if option.name in names]
+        changed = [option for option in own if getattr(self, option.name) != _default(option)]
+        extra = changed if self.reading_use == "aux" or self.arm not in arms.HINGED else []
+        return super().unused() + [f"{option.name} {getattr(self, option.name)!r}" for option in extra]
+
     def is_plain(self) -> bool:
         """In use `reward` nothing is added to the loss."""
         return self.reading_use == "reward" or super().is_plain()
+
+
+_LOSS_OPTIONS = ("penalty_share", "penalty_weight", "penalty_warmup_steps", "contexts_per_step", "anchor_weight")
+_LOSS_OPTIONS += ("side_weight", "norm_weight", "kl_weight", "concept_weight", "concept_kl_weight", "same_kl_weight")
+_LOSS_OPTIONS += ("text_anchor_every", "anchor_texts", "max_context_tokens", "reply_tokens", "header_weight")
+_LOSS_OPTIONS += ("reply_weight", "tool_weight")
+
+
+def _default(option: Field) -> object:
+    return option.default if option.default_factory is MISSING else option.default_factory()
 
 
 _AT_LEAST_ONE = ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts")

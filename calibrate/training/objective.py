@@ -94,11 +94,12 @@ class Objective:
                 'there are no failing and passing contexts with `"split": "train"`; give some with `twins`'
             )
         plugin = self.accelerator.state.deepspeed_plugin
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP or (plugin and plugin.zero_stage == 3)
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP or plugin
         if sharded and self.args.penalty_weight is None and self.args.penalty_share:
             raise ValueError(
                 f"`penalty_share` {self.args.penalty_share} compares gradients of whole parameters, which FSDP and "
-                "ZeRO-3 keep in parts; set `penalty_weight` (a run on one process prints and saves the one it found)"
+                "DeepSpeed manage themselves; set `penalty_weight` (a run on one process prints and saves the one it "
+                "found)"
             )
         return layers
 
@@ -140,6 +141,8 @@ class Objective:
         """The weighted sum of all terms for this micro-step, to be added to the task's loss."""
         step = self.trainer.state.global_step
         self._micro = self._micro + 1 if step == self._step else 0
+        if step and self._step == -1 and self.args.stop_when_met:
+            self._excess = self._logged_excess()
         if step != self._step:
             self._step = step
             self._follow(model, step)
@@ -181,9 +184,9 @@ class Objective:
         ratio = failing.states.norm(dim=-1) / failing_before.states.norm(dim=-1).clamp(min=1e-6)
         self._metrics["reading/header_passing"].append(read(passing)[:, 0].mean().detach())
         self._metrics["calibration/norm_ratio"].append(losses.mean(ratio.detach()[..., None], weights))
-        return {
+        side = {"side": losses.squared_change(self.side(failing), self.side(failing_before), weights)}
+        return (side if len(self.side.directions) else {}) | {
             "penalty": self._penalty(failing, failing_before, rows),
-            "side": losses.squared_change(self.side(failing), self.side(failing_before), weights),
             "anchor": losses.squared_change(read(passing), read(passing_before), passing.weights),
             "norm": losses.norm_guard(ratio, weights, NORM_ALLOWED),
         }
@@ -226,6 +229,12 @@ class Objective:
             window = MET_WINDOW * self.args.gradient_accumulation_steps
             self._excess = [*self._excess, float(self.accelerator.reduce(excess, "mean"))][-window:]
             self.met = len(self._excess) == window and sum(self._excess) <= 0
+
+    def _logged_excess(self) -> list[float]:
+        """Of a resumed run, what stood above the ceiling in its last steps, as its checkpoint logged it."""
+        name, history = "reading/above_ceiling", self.trainer.state.log_history
+        logged = [row[name] for row in history if name in row][-MET_WINDOW:]
+        return [value for value in logged for _ in range(self.args.gradient_accumulation_steps)]
 
     def _forward(self, model: Any, sequences: list[list[int]]) -> tuple[dict[int, Tensor], Tensor]:
         batch = activations.collate(list(range(len(sequences))), sequences, self.accelerator.device)
@@ -271,6 +280,11 @@ class Objective:
             raise ValueError(
                 "the penalty is 0 at the first step, so `penalty_share` cannot set its weight; give `penalty_weight`, "
                 "or a lower `ceiling_quantile`"
+            )
+        if task < SMALLEST_PENALTY:
+            raise ValueError(
+                "the task has no gradient at the first step (in GRPO: every reward is the same), so `penalty_share` "
+                "cannot set the penalty's weight; give `penalty_weight`"
             )
         self.penalty_weight = self.args.penalty_share * task / pressure
         logger.info(

@@ -96,7 +96,11 @@ class Refit:
     ):
         self.start, self.sources, self.rank = start, sources, rank
         self.signs = [1.0] * (len(sources) - raised) + [-1.0] * raised
-        self.neutral = vectors.neutral_at("token", layers).double()
+        neutral = vectors.neutral_at("token", layers).double()
+        self._neutral = [  # leading components at every layer, [components, hidden]
+            extraction.leading_components(rows - rows.mean(0), extraction.NEUTRAL_VARIANCE)
+            for rows in neutral.unbind(1)
+        ]
         self.at_start: list[list[Tensor]] = []
         self.fresh = start  # what the last refit found, before `hinge-union` adds it to the old ones
 
@@ -112,9 +116,8 @@ class Refit:
 
     def _without_neutral(self, difference: Tensor) -> Tensor:
         rows = difference.clone()
-        for layer in range(len(rows)):
-            samples = self.neutral[:, layer].to(rows.device)
-            basis = extraction.leading_components(samples - samples.mean(0), extraction.NEUTRAL_VARIANCE)
+        for layer, basis in enumerate(self._neutral):
+            basis = basis.to(rows.device)
             rows[layer] -= rows[layer] @ basis.T @ basis
         return rows
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from calibrate import activations, corpora, models, sandbox, transcripts
 from calibrate.training import arms, readings
-from calibrate.training.arms import Arm
 from calibrate.vectors import load_vectors
 
 ROWS = 8  # completions a pass: the same number of passes on every process, as sharded models need
@@ -41,7 +40,7 @@ class ReadingReward:
             found = arms.control_directions(args, vectors, found, self.layers)
         self.reader = readings.Reader(vectors, found, self.layers)
         self.tap = activations.Tap(self.model, self.layers)
-        if args.auroc_gate and args.arm != Arm.RANDOM:  # a random direction is a control because it cannot tell
+        if args.auroc_gate and args.arm not in arms.CONTROLS:  # a control is one because it cannot tell
             self._gate(args)
 
     def _gate(self, args: Any) -> None:

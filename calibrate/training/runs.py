@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -15,10 +16,11 @@ from calibrate import corpora, models
 from calibrate.corpora import Pair
 from calibrate.models import Checkpoint
 from calibrate.training import arms, estimate
-from calibrate.training.configs import CalibrationConfig
+from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibrationConfig
 from calibrate.training.objective import Data
 from calibrate.vectors import load_vectors
 
+logger = logging.getLogger(__name__)
 FINISHED = "finished"
 # Options that change where and how a run reports, not what it computes.
 _NO_MATTER = {
@@ -38,6 +40,7 @@ class Run(NamedTuple):
     """What a recipe trains: model, adapter, texts, and the checkpoint to resume from (`FINISHED` where it is done)."""
 
     checkpoint: Checkpoint
+    reference: Any  # a second copy of the model where there is no adapter to switch off, for DPO
     peft_config: Any
     data: Data
     pairs: list[Pair]
@@ -51,6 +54,8 @@ def prepare(args: Any, model_args: Any) -> Run:
         ValueError: an option is not used, a text file does not fit, or the folder holds another run.
     """
     refuse_unused(args, model_args)
+    if unused := args.unused():  # a file of options may serve several arms, so this is said and not refused
+        logger.info("`arm: %s` does not use %s", args.arm, ", ".join(unused))
     if args.dry_run:
         estimate.set_aside(args)
     every = [twin for twin in corpora.load_twins(args.twins) if twin[0].split == "train"]
@@ -59,25 +64,51 @@ def prepare(args: Any, model_args: Any) -> Run:
     left_out = {failing.task for failing, _ in every} - {failing.task for failing, _ in twins}
     pairs = [p for p in corpora.load_pairs(args.pairs) if p.split == "train" and p.task not in left_out]
     pairs = corpora.spread(arms.prompts_of(args.arm, pairs), args.max_pairs)
-    if not pairs:
+    if not pairs and not isinstance(args, CalibratedGRPOConfig):
         raise ValueError(
             f'`arm: {args.arm}` finds no pairs of its kind with `"split": "train"`; give others in `pairs`'
         )
     dialogues = [dialogue for dialogue in corpora.load_neutral(args.neutral) if dialogue.split == "train"]
     stories = [story for story in corpora.load_stories(args.stories) if story.split == "train"]
-    with whole_model(args):
-        checkpoint = models.load(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-        )
+    checkpoint, reference = _models(args, model_args)
     from trl import get_peft_config
 
     peft_config = get_peft_config(model_args)
     keep_below_band(peft_config, args)
     data = Data(twins, dialogues, stories)
-    resume_from = claim(args, model_args, [*data, pairs, checkpoint.weight_hash])
-    return Run(checkpoint, peft_config, data, pairs, resume_from)
+    content = [*data, pairs, checkpoint.weight_hash]
+    if isinstance(args, CalibratedGRPOConfig):
+        content.append(corpora.load_repairs(args.repairs))
+    if args.arm == arms.Arm.SHUFFLED:
+        content.append(load_vectors(args.shuffled_vectors).recipe)
+    resume_from = claim(args, model_args, content)
+    return Run(checkpoint, reference, peft_config, data, pairs, resume_from)
+
+
+def _models(args: Any, model_args: Any) -> tuple[Checkpoint, Any]:
+    """The model, and for DPO in full the reference: TRL would load it by a name that need not be the same weights."""
+
+    def load() -> Checkpoint:
+        with whole_model(args):
+            return models.load(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+
+    checkpoint = load()
+    if checkpoint.adapter_hash is not None:
+        raise ValueError(f"{checkpoint.name!r} is an adapter; merge it into its base first, and train that")
+    if model_args.use_peft:
+        return checkpoint, None
+    checkpoint.model.float()  # steps of an optimiser vanish in pure bf16; `bf16: true` computes in it all the same
+    by_name = checkpoint.name == "default" or model_args.model_revision
+    if isinstance(args, CalibratedGRPOConfig) and args.beta and by_name:
+        raise ValueError(
+            f"`beta` is {args.beta}: TRL loads GRPO's reference by the name of the model, which need not be these "
+            "weights; set `use_peft: true` or `beta: 0.0`"
+        )
+    return checkpoint, load().model if isinstance(args, CalibratedDPOConfig) else None
 
 
 @contextlib.contextmanager
@@ -114,9 +145,10 @@ def refuse_unused(args: CalibrationConfig, model_args) -> None:
 def keep_below_band(peft_config, args: CalibrationConfig) -> None:
     """Restricts a LoRA configuration to the blocks up to the band's last layer, unless the user chose the blocks.
 
-    Adapters above the band could undo there what the penalty does below (BLOCK-EM: 38 to 3 % against a return).
+    Adapters above the band could undo there what the penalty does below (BLOCK-EM: 38 to 3 % against a return). In
+    every arm alike, so that arms differ in nothing else.
     """
-    if peft_config is None or args.is_plain() or args.adapt_above_band or peft_config.layers_to_transform is not None:
+    if peft_config is None or args.adapt_above_band or peft_config.layers_to_transform is not None:
         return
     band = args.layers or load_vectors(args.vectors).used_band()
     peft_config.layers_to_transform = list(range(max(band) + 1))
@@ -134,6 +166,7 @@ def claim(args: Any, model_args, data: list) -> str | None:
     options = {key: value for key, value in args.to_dict().items() if key not in _NO_MATTER}
     options |= {f"model.{key}": value for key, value in vars(model_args).items()}
     options["data"] = config_hash({"data": data})
+    options["processes"] = args.world_size  # which contexts a step reads depends on it
     options["vectors"] = load_vectors(args.vectors).weight_hash + config_hash(load_vectors(args.vectors).recipe)
     options = json.loads(json.dumps(options, default=str))
     folder = Path(str(args.output_dir))
@@ -198,6 +231,9 @@ def main(recipe: Callable[[Any, Any], None], config: type) -> None:
 
     # PEFT looks the base model's vocabulary up on the Hub at every save, to see whether it was resized; it was not.
     warnings.filterwarnings("ignore", message="(Unable to fetch remote file|Could not find a config file)")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("calibrate").setLevel(logging.INFO if main_process else logging.WARNING)
     parser = TrlParser([config, ModelConfig])  # ty: ignore[invalid-argument-type]
     try:
         recipe(*parser.parse_args_and_config())

@@ -52,23 +52,50 @@ class CalibrationMixin(_Trainer):
     def _check_supported(self) -> None:
         """Refuses at the start what would fail later or change a result in silence."""
         args = self.args
+        if args.is_plain() and args.arm not in arms.STEERED:  # it is TRL's own trainer then
+            return
         if args.use_liger_kernel:
             raise ValueError("`use_liger_kernel` is not supported with calibration terms; set it to false")
         adapters = getattr(self.model, "peft_config", {})
         if any(getattr(config, "lora_dropout", 0) for config in adapters.values()):
             raise ValueError("`lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0")
-        plain = args.is_plain() and args.arm not in arms.STEERED
+        self._check_model()
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if args.gradient_checkpointing and reentrant and args.penalty_weight is None and args.penalty_share:
+            raise ValueError(
+                "`gradient_checkpointing_kwargs: {use_reentrant: true}` gives no gradient norms for `penalty_share`; "
+                "set `use_reentrant: false`, or `penalty_weight`"
+            )
         distributed = self.accelerator.distributed_type != DistributedType.NO
-        if args.gradient_checkpointing and not plain and distributed:
+        if args.gradient_checkpointing and distributed:
             # A second forward pass under re-entrant checkpointing fails under DDP and ZeRO; TRL itself asks for it
             # with LoRA and ZeRO-3 because of a DeepSpeed bug that is mended since 0.19.8.
-            if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and not self._trl_chose_reentrant():
+            if reentrant and not self._trl_chose_reentrant():
                 raise ValueError(
                     "`gradient_checkpointing_kwargs: {use_reentrant: true}` breaks the second forward pass on several "
                     "processes; set `use_reentrant: false`"
                 )
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-            args.activation_checkpointing_kwargs = {"use_reentrant": False}
+            for option in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+                setattr(args, option, (getattr(args, option) or {}) | {"use_reentrant": False})
+
+    def _check_model(self) -> None:
+        """Refuses a model, or a way of running it, under which the reference or the readings would be others."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        if getattr(model, "is_quantized", False):
+            raise ValueError("the base is quantised, so its readings are not those of its vectors; load it in full")
+        unsupported = ["torch_compile", "neftune_noise_alpha", "use_vllm"]
+        for option in [*unsupported, *(["padding_free"] if isinstance(self, DPOTrainer) else [])]:
+            if getattr(args, option, None):
+                raise ValueError(f"`{option}` is not supported with calibration terms; leave it out")
+        dropped = {name: rate for name, rate in model.config.to_dict().items() if name.endswith(("dropout", "pdrop"))}
+        if rates := {name: rate for name, rate in dropped.items() if isinstance(rate, float) and rate > 0}:
+            raise ValueError(f"the model's config has {rates}: dropout is a floor under every anchor; set it to 0.0")
+        if args.arm in arms.STEERED and not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                f"`arm: {args.arm}` steers policy and reference alike, which needs LoRA (`use_peft: true`)"
+            )
+        if args.arm in arms.STEERED and getattr(args, "precompute_ref_log_probs", False):
+            raise ValueError(f"`arm: {args.arm}` steers the reference too; set `precompute_ref_log_probs: false`")
 
     def _trl_chose_reentrant(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin
@@ -82,8 +109,8 @@ class CalibrationMixin(_Trainer):
         if self._calibration is None or not self.model.training:
             return result
         loss: Any = result[0] if return_outputs else result
-        unwrapped = self.accelerator.unwrap_model(model)
-        loss = loss + self._calibration(unwrapped, loss) / self._extra_divisor(num_items_in_batch)
+        unwrapped, divisor = self.accelerator.unwrap_model(model), self._extra_divisor(num_items_in_batch)
+        loss = loss + self._calibration(unwrapped, loss * divisor) / divisor
         return (loss, result[1]) if return_outputs else loss
 
     def _extra_divisor(self, num_items_in_batch) -> int:
@@ -131,6 +158,11 @@ class CalibratedGRPOTrainer(CalibrationMixin, GRPOTrainer):
         self._reading = rewards.ReadingReward()
         functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         in_reward = options["args"].reading_use != "aux" and options["args"].arm in arms.HINGED
+        if in_reward and options["args"].reading_by == "reference" and not options.get("peft_config"):
+            raise ValueError(
+                "`reading_by: reference` needs an adapter that can be switched off; set `use_peft: true`, or "
+                "`reading_by: policy`"
+            )
         super().__init__(*positional, reward_funcs=[*functions, *([self._reading] if in_reward else [])], **options)
         if in_reward:
             self._reading.bind(self)

@@ -21,11 +21,14 @@ CASES: dict[str, dict] = {
     "sft-lora": {"kind": "sft", "lora": True},
     "sft-full": {"kind": "sft", "lora": False, "accumulation": 2},
     "sft-lora-checkpointing": {"kind": "sft", "lora": True, "gradient_checkpointing": True},
-    "dpo-lora": {"kind": "dpo", "lora": True, "accumulation": 2},
+    "dpo-lora": {
+        "kind": "dpo", "lora": True, "accumulation": 2, "arm": "hinge-refit", "refit_every": 1, "refit_stories": 2,
+        "refit_turns": 2,
+    },
     "dpo-full": {"kind": "dpo", "lora": False},
     "grpo-lora": {"kind": "grpo", "lora": True, "reading_use": "both", "auroc_gate": 0.0},
-    "grpo-full": {"kind": "grpo", "lora": False, "reading_use": "both", "auroc_gate": 0.0},
-}
+    "grpo-full": {"kind": "grpo", "lora": False, "reading_use": "both", "auroc_gate": 0.0, "reading_by": "policy"},
+}  # fmt: skip
 # Plain gradient descent: Adam would magnify the last digit.
 COMMON: dict[str, Any] = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3, "optim": "sgd",

@@ -1,0 +1,130 @@
+"""Which contexts are read, how the penalty is weighed, when a run stops, and what is refused; on DPO."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from test_trainers import NO_ANCHORS, TWINS, make, train, weights  # noqa: F401  (`make` is a fixture)
+from trl import DPOTrainer
+
+
+def test_contexts_that_are_too_long_are_left_out_with_their_twins(make):  # noqa: F811
+    every = make("every")._calibration
+    longest = [max(len(f.ids), len(p.ids)) for f, p in zip(every.failing, every.passing, strict=True)]
+    second = sorted(longest)[1]
+    some = make("some", max_context_tokens=second)._calibration
+    kept = [row for row, length in enumerate(longest) if length <= second]
+    assert 0 < len(kept) < len(longest)
+    assert some.failing == [every.failing[row] for row in kept]
+    assert some.passing == [every.passing[row] for row in kept]
+    with pytest.raises(
+        ValueError, match=f"`max_context_tokens` is 3, but the shortest .* have {min(longest)}; raise it"
+    ):
+        make("none", max_context_tokens=3)
+
+
+def test_the_penalty_is_weighed_over_several_batches_of_contexts(make):  # noqa: F811
+    """The share of gradients, computed here from the model's own gradients one context at a time."""
+    trainer = make(penalty_share=0.5, max_steps=1, **NO_ANCHORS)
+    objective, model, tasks = trainer._calibration, trainer.model, []
+    norms = []
+    for micro_step in range(4):
+        objective._context_terms(model, micro_step)["penalty"].backward()
+        norms.append(gradient_norm(model))
+    plain, trained = DPOTrainer.compute_loss, [part for part in model.parameters() if part.requires_grad]
+
+    def compute_loss(self, *positional, **named):
+        loss = plain(self, *positional, **named)
+        tasks.append(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True))
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DPOTrainer, "compute_loss", compute_loss)
+        trainer.train()
+    task = math.sqrt(sum(float(gradient.square().sum()) for gradient in tasks[0] if gradient is not None))
+    assert len(set(norms)) > 1
+    assert objective.penalty_weight == pytest.approx(0.5 * task / (sum(norms) / 4), rel=1e-5)
+    logged = [row for row in trainer.state.log_history if "calibration/norm_ratio" in row]
+    assert len(logged) == 1
+
+
+def gradient_norm(model) -> float:
+    parts = [part.grad.square().sum() for part in model.parameters() if part.grad is not None]
+    model.zero_grad()
+    return math.sqrt(float(torch.stack(parts).sum()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding_free": True}, "`padding_free` is not supported with calibration terms; leave it out"),
+        ({"arm": "ablation", "lora": False}, r"`arm: ablation` steers policy and reference alike, which needs LoRA"),
+        (
+            {"arm": "preventative-steering", "precompute_ref_log_probs": True},
+            "`arm: preventative-steering` steers the reference too; set `precompute_ref_log_probs: false`",
+        ),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "gives no gradient norms for `penalty_share`; set `use_reentrant: false`, or `penalty_weight`",
+        ),
+        ({"twins": []}, 'there are no failing and passing contexts with `"split": "train"`; give some with `twins`'),
+    ],
+)
+def test_combinations_that_would_change_a_result_are_refused(make, options, message):  # noqa: F811
+    with pytest.raises(ValueError, match=re.escape(message) if message[0] != "`" else message):
+        make(**options)
+
+
+def test_a_model_that_cannot_be_read_truly_is_refused(make):  # noqa: F811
+    trainer = make()
+    trainer.args.use_liger_kernel = True
+    with pytest.raises(
+        ValueError, match="`use_liger_kernel` is not supported with calibration terms; set it to false"
+    ):
+        trainer._check_supported()
+    trainer.args.use_liger_kernel = False
+    trainer.model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"the model's config has .*attention_dropout.*: dropout is a floor"):
+        trainer._check_supported()
+    trainer.model.config.attention_dropout = 0.0
+    trainer.model.is_quantized = True
+    with pytest.raises(ValueError, match="the base is quantised, so its readings are not those of its vectors"):
+        trainer._check_supported()
+
+
+def test_a_run_stops_when_the_ceiling_is_met_and_resumed_it_stops_at_the_same_step(make, tmp_path):  # noqa: F811
+    """A ceiling far above every reading is met after eight steps."""
+    options = {"levels": {"desperate": 50.0}, "penalty_weight": 1.0, "stop_when_met": True, "max_steps": 20}
+    options |= NO_ANCHORS | {"corridor": 1000.0, "save_strategy": "steps", "save_steps": 5}
+    whole = make("whole", **options)
+    train(whole)
+    assert whole.state.global_step == 8
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "again" / "checkpoint-5")
+    shutil.copytree(tmp_path / "whole" / "calibration", tmp_path / "again" / "calibration")
+    again = make("again", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-5"))
+    assert again.state.global_step == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"raise_concepts": ["calm"], "levels": {"calm": 0.5}},
+        {"rank": 2},
+        {"ceiling": "prevent", "penalty_weight": 1.0, "ceiling_margin": 0.1},
+        {"ceiling": "both"},
+        {"same_kl_weight": 1.0},
+        *({"penalty": shape} for shape in ("absolute", "squared", "set-point", "cosine")),
+        {"penalty": "change", "penalty_weight": 1.0},
+    ],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_two_steps_of_what_is_seldom_set(make, options):  # noqa: F811
+    trainer = make(max_steps=2, **options)
+    before = {name: part.clone() for name, part in weights(trainer).items()}
+    logged = train(trainer)
+    assert all(math.isfinite(row["loss"]) for row in logged)
+    assert any(not torch.equal(part, before[name]) for name, part in weights(trainer).items())
+    assert "calibration/penalty" in logged[-1]
