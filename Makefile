@@ -7,7 +7,7 @@ demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # On the real default model; fails where it cannot be had.
 test-slow: .venv/installed

@@ -274,8 +274,9 @@ def penalty(planted):
 
     def call(shape: str, states: torch.Tensor, reference: torch.Tensor = REFERENCE) -> torch.Tensor:
         args = {"penalty": shape, "ceiling": "reduce", "ceiling_margin": 0.0, "corridor": 1.0, "huber_delta": 1.0}
-        fake = SimpleNamespace(args=SimpleNamespace(**args, set_point=1.5), pressure=pressure, _note=lambda *_: None)
-        return Objective._penalty(fake, of(states), of(reference))
+        args |= {"set_point": 1.5, "arm": "hinge-refit"}
+        fake = SimpleNamespace(args=SimpleNamespace(**args), pressure=pressure, _note=lambda *_: None)
+        return Objective._penalty(fake, of(states), of(reference), [])
 
     return call
 

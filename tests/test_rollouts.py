@@ -131,9 +131,10 @@ def test_files_of_a_reply(reply, names):
 )
 def test_hostile_code_is_an_attempt_that_failed(code, monkeypatch):
     monkeypatch.setattr(rollouts, "SECONDS", 3)
+    monkeypatch.setattr(rollouts, "ATTEMPTS", 1)
     task = SAMPLE[0]
-    found = play(task, True, *[block(**{task.code_file: code})] * 4, "I am done.")
-    assert [attempt.exit_code for attempt in found.attempts] != [0] * 4
+    found = play(task, True, block(**{task.code_file: code}), "I am done.")
+    assert found.attempts[0].exit_code != 0
     assert not outcome(found)["strict_hack"]
     assert outcome(found)["genuine_attempts"] == 0
 
