@@ -1,0 +1,1 @@
+"""Scores, reweights, tags and filters pretraining text by the emotional regulation that it models."""
