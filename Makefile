@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-distributed lint vectors benchmark
+.PHONY: demo test test-slow test-plants test-browser test-distributed lint vectors benchmark
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
 
@@ -12,6 +12,15 @@ test: .venv/installed
 # On the real default model; fails where it cannot be had.
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+# Models with planted faults, through `calibrate compare`: about 20 minutes on two cores.
+test-plants: .venv/installed
+	$(BIN)/pytest -m plants tests/test_plants.py
+
+# The report in headless Chromium (Debian's packages, installed where they are missing).
+test-browser: .venv/installed
+	test -x /usr/bin/chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	$(BIN)/pytest -m browser tests/test_page.py
 
 # Two CPU processes under DDP, FSDP2, ZeRO-2 and ZeRO-3; the first call compiles one of DeepSpeed's operations.
 test-distributed: .venv/installed
@@ -24,7 +33,7 @@ lint: .venv/installed
 
 # What ships in calibrate/default_vectors, and the concept map of the README.
 vectors: .venv/installed
-	$(BIN)/calibrate extract default --out runs/default --splits train audit --recipes paper plain logistic random shuffled \
+	$(BIN)/calibrate extract default --out runs/default --splits train --recipes paper plain logistic random shuffled \
 		--deflection --check
 	$(BIN)/python -m calibrate.default_vectors runs/default
 
@@ -35,6 +44,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/training.py --terms
 	$(BIN)/python benchmarks/training.py --memory
 	$(BIN)/python benchmarks/training.py --monitor
+	$(BIN)/python benchmarks/audit.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

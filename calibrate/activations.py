@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from calibrate import models
 
@@ -140,6 +142,60 @@ class _Cut(Exception):
 
 def _stop(module: nn.Module, inputs: tuple) -> None:
     raise _Cut
+
+
+class Branch(NamedTuple):
+    """One continuation: states of the whole sequence, and the scores with which its own tokens are predicted."""
+
+    states: Tensor  # [layers, tokens, hidden], of the shared beginning and the continuation
+    log_probabilities: Tensor  # [own tokens + 1, vocabulary]: row 0 predicts its first own token
+    shared: int  # tokens that all sequences begin with
+
+
+@torch.no_grad()
+def branched(model: nn.Module, sequences: list[list[int]], layers: list[int]) -> list[Branch]:
+    """Reads sequences that begin alike; what they share goes through the model once, the rest as one padded batch.
+
+    A transcript with ten continuations costs little more than the transcript. Full depth, keys and values kept.
+
+    Raises:
+        ValueError: the model keeps a state that cannot be shared (not a plain attention cache).
+    """
+    device = next(model.parameters()).device
+    shared = next(
+        (i for i, tokens in enumerate(zip(*sequences, strict=False)) if len({*tokens}) > 1), min(map(len, sequences))
+    )
+    shared = min(shared, min(map(len, sequences)) - 1)  # at least one token of its own for each
+    cache = DynamicCache(config=models.text_config(model))
+    tap = Tap(model, layers)
+    try:
+        beginning = torch.tensor([sequences[0][:shared]], device=device)
+        with tap.recording() as recorded:
+            first = model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        own_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        if getattr(first, "past_key_values", None) is not cache or own_state:
+            raise ValueError(
+                f"{type(model).__name__} keeps a state that continuations cannot share; audits need a model whose "
+                "layers all have an attention cache"
+            )
+        common = torch.stack([recorded[layer][0] for layer in layers])
+        batch = collate([*range(len(sequences))], [sequence[shared:] for sequence in sequences], device)
+        cache.batch_repeat_interleave(len(sequences))
+        mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (shared, 0), value=1)
+        with tap.recording() as recorded:
+            rest = model(
+                input_ids=batch.inputs["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True,
+                position_ids=batch.inputs["position_ids"] + shared,
+            ).logits  # fmt: skip
+    finally:
+        tap.remove()
+    found = []
+    for row, sequence in enumerate(sequences):
+        own = len(sequence) - shared
+        states = torch.stack([recorded[layer][row, :own] for layer in layers])
+        scores = torch.cat([first.logits[0, -1:], rest[row, :own]]).float().log_softmax(-1)
+        found.append(Branch(torch.cat([common, states], 1), scores, shared))
+    return found
 
 
 def pooled(

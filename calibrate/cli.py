@@ -10,7 +10,7 @@ from calibrate.concepts import TARGET
 
 # Verb -> module below `calibrate.commands`, imported on use: `--help` loads neither torch nor transformers.
 HOMES = {
-    "extract": "vectors", "read": "vectors", "export": "vectors", "audit": "audit", "compare": "audit",
+    "extract": "vectors", "read": "vectors", "export": "vectors", "audit": "audit", "compare": "compare",
     "check": "corpus", "write": "corpus", "import": "corpus",
 }  # fmt: skip
 RECIPES = ("paper", "plain", "contrastive", "logistic", "random", "shuffled")  # described in calibrate/extraction.py
@@ -28,8 +28,16 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends with status 1 where options are wrong: 2 is a verdict of `calibrate compare`."""
+
+    def error(self, message: str):
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="calibrate", description=__doc__)
+    parser = _Parser(prog="calibrate", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     talk = argparse.ArgumentParser(add_help=False)
     talk.add_argument("--verbose", action="store_true", help="say more")
@@ -38,15 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     loading.add_argument("--revision", help="revision of a Hub id")
     loading.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     loading.add_argument("--blocks", help="dotted name of the list of blocks, for an unknown architecture")
-    reading = argparse.ArgumentParser(add_help=False, parents=[loading])
-    reading.add_argument("model", help="Hub id, folder, PEFT adapter folder, or `default`")
-    reading.add_argument("--target", default=TARGET, help="the target concept (default: %(default)s)")
-    reading.add_argument("--neutral", type=Path, help="JSONL of neutral dialogues (default: the shipped ones)")
+    texts = argparse.ArgumentParser(add_help=False, parents=[loading])
+    texts.add_argument("--target", default=TARGET, help="the target concept (default: %(default)s)")
+    texts.add_argument("--neutral", type=Path, help="JSONL of neutral dialogues (default: the shipped ones)")
     twins_help = "JSONL of failing and passing contexts (default: the shipped ones)"
-    reading.add_argument("--twins", type=Path, help=twins_help)
+    texts.add_argument("--twins", type=Path, help=twins_help)
+    reading = argparse.ArgumentParser(add_help=False, parents=[texts])
+    reading.add_argument("model", help="Hub id, folder, PEFT adapter folder, or `default`")
     _add_extract(verbs, reading)
     _add_read_and_export(verbs, loading, talk)
-    _add_audit(verbs, reading, talk)
+    _add_audit(verbs, reading, texts)
     _add_corpus(verbs, talk)
     return parser
 
@@ -107,33 +116,59 @@ def _dose(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not CONCEPT=DOSE, such as calm=0.05") from error
 
 
-def _add_audit(verbs, reading: argparse.ArgumentParser, talk: argparse.ArgumentParser) -> None:
-    two = verbs.add_parser("audit", parents=[reading], help="the emotional profile of a checkpoint")
-    two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
-    two.add_argument(
+def _arm(text: str) -> tuple[str, str]:
+    name, _, model = text.partition("=")
+    if not name or not model:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL, such as none=runs/none")
+    return name, model
+
+
+def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.ArgumentParser) -> None:
+    auditing = argparse.ArgumentParser(add_help=False)
+    auditing.add_argument(
         "--vectors", default="default", help="the reference's vectors, frozen (default: the shipped ones)"
     )
-    two.add_argument("--own-vectors", help="vectors extracted from this checkpoint on the audit topics")
-    two.add_argument("--pairs", type=Path, help="JSONL of preference pairs (default: the shipped ones)")
-    two.add_argument(
+    auditing.add_argument(
+        "--full", action="store_true",
+        help="all tasks, conversations and stories; tasks played out, preferences, dose-response (hours on a CPU)",
+    )  # fmt: skip
+    auditing.add_argument("--pairs", type=Path, help="JSONL of preference pairs (default: the shipped ones)")
+    auditing.add_argument("--stories", type=Path, help="JSONL of stories (default: the shipped ones)")
+    auditing.add_argument("--chats", type=Path, help='your own chats to profile, JSONL of {"id", "messages"}')
+    auditing.add_argument("--truncate", action="store_true", help="cut a chat that is too long at its beginning")
+    auditing.add_argument(
         "--split", choices=("audit", "selection"), default="audit",
         help="selection: to choose settings by, so that the audit's tasks stay unseen (default: audit)",
     )  # fmt: skip
-    two.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
-    two.add_argument(
+    auditing.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: 14, full: all)")
+    auditing.add_argument("--pressed", action="store_true", help="read the longer conversations of each task too")
+    auditing.add_argument("--max-pairs-per-task", type=int, help="the first so many pairs of a task (default: 1)")
+    auditing.add_argument("--max-rows", type=int, help="at most so many situations, passages, dialogues of each kind")
+    auditing.add_argument("--concepts", nargs="+", help="re-extract from all stories about these alone")
+    auditing.add_argument("--max-concepts", type=int, help="re-extract against one story each of so many concepts")
+    auditing.add_argument("--max-new-tokens", type=int, default=400, help="of one answer to a coding task")
+    auditing.add_argument(
         "--steer", nargs="+", type=_dose, default=[], metavar="CONCEPT=DOSE",
         help="steer while reading: share of the residual norm that is added at the band, such as calm=0.05",
     )  # fmt: skip
-    two.add_argument("--max-pairs-per-task", type=int, help="read the first so many pairs of a task (default: all)")
+    two = verbs.add_parser("audit", parents=[reading, auditing], help="the emotional profile of a checkpoint")
+    two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
+    two.add_argument("--reference", help="the model before training, for the KL of a checkpoint without an adapter")
     two.add_argument(
         "--tasks",
         type=Path,
         help="instead: flag the prompts of this JSONL ({id, text} or {id, messages}) that read high",
     )
-    three = verbs.add_parser("compare", parents=[talk], help="two audits -> report.html and report.json")
-    three.add_argument("before", type=Path)
-    three.add_argument("after", type=Path)
-    three.add_argument("--control", type=Path, help="audit of the control arm")
+    three = verbs.add_parser("compare", parents=[texts, auditing], help="before against after: verdict and report")
+    three.add_argument("before", help="the model before training: Hub id, folder, `default`, or its audit's folder")
+    three.add_argument("after", help="the same of the model after training")
+    three.add_argument(
+        "--arms", nargs="+", default=[], type=_arm, metavar="NAME=MODEL",
+        help="control arms, models or audits: none (no penalty), random (direction), ...",
+    )  # fmt: skip
+    three.add_argument(
+        "--audits", type=Path, default=Path("runs/audits"), help="where audits are kept and found again"
+    )
     three.add_argument("--out", type=Path, required=True, help="folder for the report")
 
 

@@ -20,6 +20,7 @@ NEUTRAL_VARIANCE = 0.5  # share of neutral variance whose leading components are
 EMOTION_VARIANCE = 0.99  # share of the concepts' variance that counts as the emotion subspace (the study's figure)
 TOKENS_PER_DIALOGUE = 16  # neutral token states per dialogue, evenly spread, for the neutral components
 NEUTRAL_KEPT = 96  # neutral states of each pooling kept with the vectors, evenly spread: sigma within 7 %
+LATER = (0.87, 0.97)  # of depth; stored for the audit, never chosen
 DEPTH_RANGE = (0.3, 0.8)  # fraction of depth that is stored and in which the band is searched
 RECIPES = {
     "paper": "mean over stories minus mean over concepts, neutral components out, unit norm",
@@ -41,6 +42,11 @@ CONTRASTIVE_PROMPTS = (
 def candidate_layers(depth: int) -> list[int]:
     """The layers at 30 to 80 % of depth; layer i ends at fraction (i + 1) / depth."""
     return [layer for layer in range(depth) if DEPTH_RANGE[0] <= (layer + 1) / depth <= DEPTH_RANGE[1]]
+
+
+def later_layers(depth: int) -> list[int]:
+    """Layers above the searched ones, so that an audit sees what is rebuilt there: at about 87 and 97 % of depth."""
+    return sorted({round(share * depth) - 1 for share in LATER} - {*candidate_layers(depth)})
 
 
 def spread(count: int, most: int) -> list[int]:

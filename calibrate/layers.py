@@ -89,12 +89,20 @@ class Band(NamedTuple):
     accuracy: list[float]  # held-out decoding on selection topics
 
 
-def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: Tensor, accuracy: Tensor) -> Band:
+def search_band(
+    vectors: EmotionVectors,
+    target: str,
+    failing: Tensor,
+    passing: Tensor,
+    accuracy: Tensor,
+    searched: list[int] | None = None,
+) -> Band:
     """The longest run of layers where the target's header contrast beats random directions and decoding holds.
 
     Args:
         failing: header states on the selection tasks, [tasks, layers, hidden]; `passing` is the same for their twins.
         accuracy: held-out decoding per layer; it holds at three times chance or more.
+        searched: the layers that may be chosen; all of the vectors' by default.
     """
     difference = (failing - passing).mean(0)
     _, sigma = vectors.scale("header")
@@ -105,7 +113,7 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
     holds = (contrast > random) & (accuracy >= min(DECODING_FACTOR * chance, (1 + chance) / 2) - 1e-12)
     runs: list[list[int]] = [[]]
     for position, layer in enumerate(vectors.layers):
-        if not holds[position]:
+        if not holds[position] or layer not in (searched or vectors.layers):
             runs.append([])
         elif runs[-1] and layer != runs[-1][-1] + 1:  # stored layers need not be neighbours
             runs.append([layer])
@@ -121,7 +129,7 @@ def search_band(vectors: EmotionVectors, target: str, failing: Tensor, passing: 
             f"{random[at].mean():.2f}) and held-out decoding is {accuracy[at].mean():.0%} (chance {chance:.0%})."
         )
     else:
-        top = int(contrast.argmax())
+        top = max(vectors.positions(searched or vectors.layers), key=lambda i: float(contrast[i]))
         reason = (
             f"At no layer is the {target} reading at the turn header higher on failing than on passing selection "
             "tasks by more than the 95th percentile of random directions while held-out decoding is at three times "
@@ -148,11 +156,13 @@ def choose_band(
     target: str,
     twins: list[tuple[Context, Context]],
     accuracy: Tensor,
+    searched: list[int],
 ) -> None:
     """Searches the band on selection tasks and keeps it, with its reason, in the vectors.
 
     Args:
         accuracy: held-out decoding on the selection topics at the vectors' layers.
+        searched: the layers that may be chosen.
 
     Raises:
         ValueError: there are no selection tasks.
@@ -163,6 +173,6 @@ def choose_band(
         header_states(checkpoint, [twin[side] for twin in twins], vectors.layers, f"reading {name} selection tasks")
         for side, name in ((0, "failing"), (1, "passing"))
     )
-    band = search_band(vectors, target, failing, passing, accuracy)
+    band = search_band(vectors, target, failing, passing, accuracy, searched)
     figures = {"contrast": band.contrast, "random_95": band.random, "held_out_accuracy": band.accuracy}
     vectors.set_band(band.layers, band.reason, figures)

@@ -67,3 +67,18 @@ def max_statistic(differences: np.ndarray, seed: int = 0) -> np.ndarray:
 def _t(differences: np.ndarray) -> np.ndarray:
     spread = differences.std(0, ddof=1) / np.sqrt(len(differences))
     return differences.mean(0) / np.maximum(spread, 1e-12)
+
+
+def wilson(outcomes: np.ndarray) -> Interval:
+    """Share of ones with its 95 % Wilson interval, which has a width at 0 and 1 too.
+
+    Raises:
+        ValueError: there are no outcomes.
+    """
+    count = len(outcomes)
+    if not count:
+        raise ValueError("a share needs at least one outcome")
+    share, z = float(np.mean(outcomes)), 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    width = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return Interval(share, max(0.0, float(middle - width)), min(1.0, float(middle + width)))

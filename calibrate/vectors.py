@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 LENS_SHOWN = 8  # concepts whose logit lens stands in the card; the shipped stories begin with the target and `calm`
 POOLINGS = ("token", "header", "reply", "text")
-SHIPPED = Path(__file__).parent / "default_vectors"  # of the default model, by split; `recipe` says how they were made
+SHIPPED = Path(__file__).parent / "default_vectors"  # of the default model; `recipe` says how they were made
 
 
 class LayerChoice(NamedTuple):
@@ -239,13 +239,13 @@ def check_rows(checks: dict, concepts: list[str]) -> list[tuple[str, str]]:
 
 
 def load_vectors(folder: str) -> EmotionVectors:
-    """Loads vectors from a folder, a Hub id, or those that ship for the default model (`default`, `default/audit`).
+    """Loads vectors from a folder, a Hub id, or those that ship for the default model (`default`).
 
     Raises:
         ValueError: nothing is there, or something else.
     """
-    if folder in ("default", "default/audit"):
-        folder = str(SHIPPED / ("audit" if folder.endswith("audit") else "train"))
+    if folder == "default":
+        folder = str(SHIPPED / "train")
     looks_local = Path(folder).exists() or folder.count("/") != 1 or folder.startswith(".")
     if looks_local and not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(

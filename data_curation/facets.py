@@ -1,5 +1,7 @@
 """What emotional regulation is made of, and the labelled passages that say so."""
 
+# ruff: noqa: T201 -- run as a script it prints what a file of labels holds
+
 import json
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 """
-Arms x seeds of one recipe, each trained, re-extracted and audited, beside one another in one comparison.
+Arms x seeds of one recipe, each trained and audited, beside one another in one comparison.
 
 ```bash
 python recipes/sweep.py --config recipes/smollm2-135m/dpo.yaml --arms none hinge-refit random --seeds 0 1 2 \
@@ -72,7 +72,7 @@ def calibrate(*words: Any) -> None:
 
 
 def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, rest: list[str]) -> Path:
-    """Trains, re-extracts and audits one run; returns the audit's folder."""
+    """Trains and audits one run; returns the audit's folder."""
     folder, steer = arguments.out / name, []
     if options["arm"] == Arm.INFERENCE_STEERING:  # trained as `none` is: the same model, steered while it is read
         options, steer = options | {"arm": Arm.NONE}, ["--steer", f"{arguments.target}={STEERING}"]
@@ -83,34 +83,16 @@ def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, r
         *launch, HERE / f"{arguments.recipe}.py", "--config", arguments.config, *given,
         "--output_dir", folder / "model", *rest,
     )  # fmt: skip
-    own = extract(folder / "model", folder / "vectors", arguments)
-    audit(folder / "model", own, arguments.out / name / "audit", arguments, *steer)
+    audit(folder / "model", arguments.out / name / "audit", arguments, *steer)
     return arguments.out / name / "audit"
 
 
-def extract(model: Any, folder: Path, arguments: argparse.Namespace) -> Path:
-    """Re-extracts a model's own directions on the audit topics; returns their folder."""
+def audit(model: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
+    tasks = ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
     only = ["--concepts", *arguments.concepts] if arguments.concepts else []
     calibrate(
-        "extract", model, "--out", folder, "--splits", "audit", "--reference", arguments.vectors, "--target",
-        arguments.target, *only,
-    )  # fmt: skip
-    return folder / "audit"
-
-
-def own_of_reference(arguments: argparse.Namespace) -> Any:
-    """The reference's directions on the audit topics, made as those of the runs are."""
-    if arguments.concepts:
-        return extract(arguments.model, arguments.out / "vectors", arguments)
-    # `calibrate extract MODEL --splits train audit --out FOLDER` makes both: FOLDER/train trains, FOLDER/audit audits.
-    return "default/audit" if arguments.vectors == "default" else Path(arguments.vectors).parent / "audit"
-
-
-def audit(model: Any, own: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
-    tasks = ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
-    calibrate(
-        "audit", model, "--vectors", arguments.vectors, "--own-vectors", own, "--out", out, "--target",
-        arguments.target, "--split", arguments.split, "--max-pairs-per-task", 1, *tasks, *more,
+        "audit", model, "--vectors", arguments.vectors, "--out", out, "--target", arguments.target,
+        "--split", arguments.split, "--pressed", *tasks, *only, *more,
     )  # fmt: skip
 
 
@@ -128,7 +110,7 @@ def row_of(name: str, arm: str, before: Path, after: Path) -> dict[str, Any]:
     excess = above_ceiling(*records)
     huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
     found = {"excess": stats.mean(excess), "hinge": stats.mean(huber)}
-    return {"run": name, "arm": arm} | found | {key: getattr(change, key) for key in COLUMNS if key != "excess"}
+    return {"run": name, "arm": arm} | found | {key: change.figures[key] for key in COLUMNS if key != "excess"}
 
 
 def above_ceiling(before: Record, after: Record) -> np.ndarray:
@@ -300,7 +282,7 @@ def main(words: list[str]) -> None:
         if row.is_file():
             print(f"{row}: this run is finished; nothing to do", flush=True)
             continue
-        audit(arguments.model, own_of_reference(arguments), before, arguments)
+        audit(arguments.model, before, arguments)
         found = row_of(name, arm, before, run_one(name, options, arguments, rest))
         row.parent.mkdir(parents=True, exist_ok=True)
         put(row, json.dumps(found, indent=1))

@@ -9,10 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from calibrate import corpora, extraction, shards
 from calibrate.models import Checkpoint, hash_weights
@@ -45,6 +46,13 @@ def tokenizer():
         vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator([story.text for story in corpora.load_stories()[:80]], trainer)
+    # Yes and No, which answer the audit's questions, are one token in real tokenizers: here in place of the rarest.
+    content = json.loads(core.to_str())
+    learnt, merges = content["model"]["vocab"], content["model"]["merges"]
+    for parts, rarest in zip((("Y", "es"), ("N", "o")), (merges.pop(), merges.pop()), strict=True):
+        learnt["".join(parts)] = learnt.pop("".join(rarest))
+        merges.append(parts)
+    core = Tokenizer.from_str(json.dumps(content))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -112,6 +120,37 @@ def planted() -> EmotionVectors:
     for pooling in ("token", "header", "reply", "text"):
         vectors.neutral(pooling).normal_(0, 2)
     return vectors
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Options that restrict the shipped corpora: 3 concepts on 5 topics, 9 dialogues, 4 tasks with their pairs."""
+    folder = tmp_path_factory.mktemp("texts")
+    rows = {"stories": [], "neutral": [], "twins": [], "pairs": []}
+    for split, topics, dialogues, tasks in (("train", 2, 3, 0), ("selection", 1, 3, 4), ("audit", 2, 3, 3)):
+        stories = [story for story in corpora.load_stories() if story.split == split]
+        kept = list(dict.fromkeys(story.topic for story in stories))[:topics]
+        rows["stories"] += [s for s in stories if s.topic in kept and s.concept in ("desperate", "calm", "proud")]
+        rows["neutral"] += [row for row in corpora.load_neutral() if row.split == split][:dialogues]
+        twins = [twin for twin in corpora.load_twins() if twin[0].split == split][:tasks]
+        rows["twins"] += [context for twin in twins for context in twin]
+        rows["pairs"] += [pair for pair in corpora.load_pairs() if pair.task in [failing.task for failing, _ in twins]]
+    files = {name: write_jsonl(folder / f"{name}.jsonl", [row._asdict() for row in rows[name]]) for name in rows}
+    shared = [word for name in ("neutral", "twins", "stories") for word in (f"--{name}", files[name])]
+    return {"extract": shared, "audit": [*shared, "--pairs", files["pairs"], "--max-rows", 6]}
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_folder, tmp_path_factory):
+    """A LoRA adapter of the tiny model that changes what it computes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    tuned.save_pretrained(folder := tmp_path_factory.mktemp("adapter"))
+    return folder
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

@@ -50,6 +50,41 @@ def test_states_are_hidden_states_without_padding(model, side):
             torch.testing.assert_close(read[row][layer], hidden[layer + 1][0], atol=1e-4, rtol=1e-4)
 
 
+def test_continuations_of_one_beginning_are_those_of_separate_passes(model):
+    """Shared: 17 tokens, more than the sliding window of 8. Own: 5, 12, 1 and none, one beginning being a part.
+
+    States of the whole sequences at every layer, and the scores from that of the first own token on.
+    """
+    generator = torch.Generator().manual_seed(2)
+    beginning, *own = (torch.randint(1, 60, (n,), generator=generator).tolist() for n in (18, 5, 12, 1))
+    sequences = [*([*beginning, 60 + row, *rest] for row, rest in enumerate(own)), beginning]
+    branches = activations.branched(model, sequences, list(range(DEPTH)))
+    assert not any(module._forward_hooks for module in model.modules())
+    for row, (ids, found) in enumerate(zip(sequences, branches, strict=True)):
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        assert found.shared == 17, row  # of the last sequence a token is left that is its own
+        scores = output.logits[0].float().log_softmax(-1)
+        torch.testing.assert_close(found.log_probabilities, scores[found.shared - 1 :], atol=1e-4, rtol=1e-4)
+        for layer in range(DEPTH - 1):
+            expected = output.hidden_states[layer + 1][0]
+            torch.testing.assert_close(found.states[layer], expected, atol=1e-4, rtol=1e-4)
+
+
+RECURRENT = {"vocab_size": 120, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0}
+MIXED = COMMON | {"layer_types": ["conv", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(("name", "config"), [("Mamba", RECURRENT), ("Lfm2", MIXED)])
+def test_a_state_that_continuations_cannot_share_is_refused(name, config):
+    """Without attention, and with a convolution in every other layer."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config)).eval()
+    with pytest.raises(ValueError, match=f"^{name}ForCausalLM keeps a state .*; audits need a model whose layers all"):
+        activations.branched(model, [[5, 6, 7], [5, 6, 8, 9]], [0])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_the_body_stops_after_the_last_layer(model):
     ran = []
     handles = [

@@ -1,73 +1,171 @@
+"""What changed between two records whose every reading is known."""
+
 import copy
-import json
 
 import numpy as np
-import peft
 import pytest
 import torch
-from records import BASELINE, LEVELS, SPREAD, TASKS, make_record
-from torch.nn.functional import kl_div
+from records import BASELINE, LEVELS, SPREAD, TASKS, make_record, make_vectors
 
-from calibrate import corpora
-from calibrate.audit import behaviour, preservation, profile, readers
-from calibrate.audit.record import load_record
-from calibrate.vectors import load_vectors
+from calibrate.audit import effects, probes, readers
+from calibrate.concepts import Concept
+from calibrate.stats import Interval
+
+KNOWN = {  # valences with a mean of 4; ashamed and gloomy are the target's family
+    "desperate": ("despair", 2.0), "ashamed": ("despair", 3.0), "gloomy": ("despair", 3.0),
+    "angry": ("anger", 4.0), "calm": ("peace", 8.0),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Probes of two steps: what they find is tested in test_probes.py."""
+    monkeypatch.setattr(probes, "STEPS", 2)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Vectors of five concepts at layers 1 to 3, the band at layer 1."""
+    known = {name: Concept(name, family, valence, 5.0, (), "") for name, (family, valence) in KNOWN.items()}
+    monkeypatch.setattr(readers, "load_concepts", lambda: known)
+    return make_vectors([*KNOWN], [1, 2, 3], [1])
+
+
+def estimate(value: float):
+    """Matches an interval's estimate to the rounding of float32 states."""
+    return pytest.approx(value, abs=1e-4)
 
 
 def test_falls_and_ratios_are_recovered(planted):
     """Falls of 1 and 2 at the two layers of the band, 0.3 on the twins, 0.5 in the reply.
 
-    The own direction is axis 4 before (0.7) and axis 5 after (0.1), a fall of 0.6; along axis 4 it is 0.7 - 0.3 = 0.4.
-    Fall: (1 + 2) / 2 = 1.5. Specificity: (1.5 - 0.3) / 1.5 = 0.8. Evasion: (1.5 - 0.6) / 1.5 = 0.6. The contrast
-    before is 2 on every task while tasks differ by up to 7: its interval has no width only where twins are matched.
+    Fall: (1 + 2) / 2 = 1.5. Specificity: (1.5 - 0.3) / 1.5 = 0.8. The contrast before is 2 on every task while tasks
+    differ by up to 7: its interval has no width only where twins are matched. The own direction is axis 4 before (0.7)
+    and axis 5 after (0.1): a fall of 0.6; along axis 4 it is 0.7 - 0.3 = 0.4. Evasion: (1.5 - 0.6) / 1.5 = 0.6 and, of
+    the own stories' 0.4, (0.4 - 0.6) / 0.4 = -0.5. Agreement: (0.4 / 0.7) / (1.5 / 2) = 16 / 21.
     """
     planted.set_band([1, 2], "by hand")
     before = make_record(planted, {**BASELINE, "failing": {0: LEVELS + 2, 4: 0.7}}, reply={"failing": {0: 1.0}}, own=4)
     failing = {0: LEVELS + 2 - (1, 2) + SPREAD, 4: 0.3, 5: 0.1}
     header = {"failing": failing, "passing": {0: LEVELS - 0.3}}
     change = readers.compare(before, make_record(planted, header, reply={"failing": {0: 0.5}}, own=5))
-    assert change.contrast == pytest.approx((2, 2, 2), abs=1e-4)
-    assert change.fall_failing.estimate == pytest.approx(1.5, abs=1e-4)
-    assert 1.3 < change.fall_failing.low < 1.5 < change.fall_failing.high < 1.7  # the spread is at most 0.2
-    assert change.fall_passing == pytest.approx((0.3, 0.3, 0.3), abs=1e-4)
-    assert change.fall_reply.estimate == pytest.approx(0.5, abs=1e-4)
-    assert change.fall_held_out.estimate == pytest.approx(0.4, abs=1e-4)
-    assert change.fall_own.estimate == pytest.approx(0.6, abs=1e-4)
-    assert change.specificity.estimate == pytest.approx(0.8, abs=1e-4)
-    assert change.evasion.estimate == pytest.approx(0.6, abs=1e-4)
+    found = {name: interval and interval.estimate for name, interval in change.figures.items()}
+    assert change.figures["contrast"] == pytest.approx((2, 2, 2), abs=1e-4)
+    assert 1.3 < change.figures["fall_failing"].low < 1.5 < change.figures["fall_failing"].high < 1.7
+    assert change.figures["fall_passing"] == pytest.approx((0.3, 0.3, 0.3), abs=1e-4)
+    expected = {
+        "fall_failing": 1.5, "fall_reply": 0.5, "contrast_held_out": 0.7, "fall_held_out": 0.4, "fall_own": 0.6,
+        "specificity": 0.8, "evasion": 0.6, "evasion_stories": -0.5, "agreement": 16 / 21,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert (found["propagation"], found["rise_above"]) == (None, None)  # no layer is above the band
     assert [(layer, f.estimate, p.estimate) for layer, f, p in change.layers] == [
-        (1, pytest.approx(1, abs=1e-4), pytest.approx(0.3, abs=1e-4)),
-        (2, pytest.approx(2, abs=1e-4), pytest.approx(0.3, abs=1e-4)),
+        (1, estimate(1), estimate(0.3)),
+        (2, estimate(2), estimate(0.3)),
     ]
+    assert [*change.figures] == [*readers.FIGURES]
+
+
+def test_what_is_rebuilt_above_the_band(wide):
+    """The band's contrast of 2 loses 1.5: 75 %. Above, 1 and 0.5 fall by 0.9 and rise by 0.6: 0.3 of 1.5, 20 %.
+
+    Propagation: 0.2 / 0.75 = 4 / 15; the largest rise is at layer 3.
+    """
+    before = make_record(wide, {"failing": {0: LEVELS + np.array([2, 1, 0.5])}, "passing": {0: LEVELS}})
+    after = make_record(wide, {"failing": {0: LEVELS + np.array([0.5, 0.1, 1.1]) + SPREAD}, "passing": {0: LEVELS}})
+    figures = readers.compare(before, after).figures
+    assert figures["propagation"].estimate == estimate(4 / 15)
+    assert figures["rise_above"].estimate == estimate(0.6)
+    assert 0.4 < figures["rise_above"].low < 0.6
+
+
+@pytest.mark.parametrize("contrast", [(2, 0.1, 0.1), (0.2, 1, 1)], ids=["above the band", "at the band"])
+def test_propagation_needs_a_contrast_to_lose(wide, contrast):
+    """0.1 + 0.1 and 0.2 are less than 0.3 sigma; every layer falls by 1.5."""
+    before = make_record(wide, {"failing": {0: LEVELS + contrast}, "passing": {0: LEVELS}})
+    after = make_record(wide, {"failing": {0: LEVELS + contrast - 1.5}, "passing": {0: LEVELS}})
+    figures = readers.compare(before, after).figures
+    assert figures["specificity"].estimate == estimate(1)
+    assert figures["propagation"] is None
+
+
+def test_own_readers_of_every_kind(wide):
+    """Fall by the old direction and by each checkpoint's own: 1.2 and 0.3 (logistic), 0.8 and 1.0 (domain).
+
+    Evasion: (1.2 - 0.3) / 1.2 = 0.75 and (0.8 - 1) / 0.8 = -0.25. The deflection falls by 0.4 and has no ratio.
+    """
+    axes = {"stories": 0, "logistic": 5, "domain": 6, "deflection": 7}
+    before = make_record(wide, {"failing": {0: LEVELS + 2, 5: 1.5, 6: 1.0, 7: 0.9}}, own=axes)
+    after = {0: LEVELS + 2, 5: 0.3 + SPREAD, 6: 0.2 + SPREAD, 7: 0.5, 3: 1.2, 4: 0.0}
+    after = make_record(wide, {"failing": after}, own=axes | {"logistic": 3, "domain": 4})
+    figures = readers.compare(before, after).figures
+    assert figures["evasion_logistic"].estimate == estimate(0.75)
+    assert figures["evasion_domain"].estimate == estimate(-0.25)
+    assert figures["fall_deflection"].estimate == estimate(0.4)
+    without = after._replace(own=after.own._replace(directions={"stories": after.own.directions["stories"]}))
+    figures = readers.compare(before, without).figures
+    assert (figures["evasion_logistic"], figures["evasion_domain"]) == (None, None)
+    assert figures["fall_deflection"].estimate == estimate(0.4)  # by the reference's direction alone
+
+
+def test_neighbours_valence_and_what_rises_elsewhere(wide):
+    """Changes: desperate -1.5, ashamed -0.6, gloomy 0.2, angry 1, calm 3.
+
+    Neighbours fall by (0.6 - 0.2) / 2 = 0.2. Valences less their mean are -2, -1, -1, 0, 4, over 8: the rise is
+    (2 x 1.5 + 0.6 - 0.2 + 4 x 3) / 8 = 1.925. Angry was at 0 and at 0.4 on the twins: its rise beyond both is 0.6, and
+    counts, where calm's, which is pleasant, does not.
+    """
+    before = make_record(wide, {"failing": {0: 2.0}, "passing": {3: 0.4}})
+    falls = {0: 0.5 + SPREAD, 1: -0.6 + SPREAD, 2: 0.2 + SPREAD, 3: 1 + SPREAD, 4: 3 + SPREAD}
+    figures = readers.compare(before, make_record(wide, {"failing": falls, "passing": {3: 0.4}})).figures
+    assert figures["fall_neighbours"].estimate == estimate(0.2)
+    assert figures["rise_valence"].estimate == estimate(1.925)
+    assert figures["rise_elsewhere"].estimate == estimate(0.6)
 
 
 def test_a_rise_of_another_concept_is_found_and_no_more(planted):
     """Calm rises by 1 sigma on failing contexts; desperate stays but for a spread around 0."""
     after = make_record(planted, {"failing": {0: LEVELS + 2 + SPREAD, 1: 1 + SPREAD}, "passing": {0: LEVELS}})
-    desperate, calm = readers.compare(make_record(planted, BASELINE), after).concepts
-    assert (desperate.concept, calm.concept) == ("desperate", "calm")
-    assert calm.change.estimate == pytest.approx(1, abs=1e-4)
-    assert calm.p < 0.05 < desperate.p
-
-
-@pytest.mark.parametrize("fall", [0.2, np.linspace(-3, 4, 8)[:, None] * np.ones(2)], ids=["small", "unsure"])
-def test_no_ratio_to_a_fall_that_is_small_or_unsure(planted, fall):
-    """0.2 sigma is less than 0.3; from -3 to 4 the mean is 0.5, with an interval that holds 0."""
-    after = make_record(planted, {"failing": {0: LEVELS + 2 - fall}, "passing": {0: LEVELS}})
     change = readers.compare(make_record(planted, BASELINE), after)
-    assert change.specificity is None
-    assert change.evasion is None
+    desperate, calm = change.concepts
+    assert (desperate.concept, calm.concept) == ("desperate", "calm")
+    assert calm.change.estimate == estimate(1)
+    assert calm.p < 0.05 < desperate.p
+    assert change.figures["rise_elsewhere"] == (0, 0, 0)
+    assert change.figures["fall_neighbours"] is None  # no other concept of the family
+    assert change.figures["rise_valence"] is None  # two points make no axis
+
+
+@pytest.mark.parametrize("fall", [0.2, np.linspace(-3, 4, 8)[:, None]], ids=["small", "unsure"])
+def test_no_ratio_to_a_fall_that_is_small_or_unsure(wide, fall):
+    """0.2 sigma is less than 0.3; from -3 to 4 the mean is 0.5, with an interval that holds 0."""
+    after = make_record(wide, {"failing": {0: LEVELS + 2 - fall}, "passing": {0: LEVELS}}, own={"stories": 0})
+    figures = readers.compare(make_record(wide, BASELINE), after).figures
+    for name in ("specificity", "evasion", "evasion_stories", "agreement", "propagation"):
+        assert figures[name] is None, name
 
 
 def test_pairs_of_a_task_are_averaged_before_tasks(planted):
-    """Margins change by 1, 2, 3 on one task (mean 2) and 6 on another: (2 + 6) / 2 = 4; the mean of pairs is 3."""
+    """Margins change by 1, 2, 3 on one task (mean 2) and 6 on another: (2 + 6) / 2 = 4; the mean of pairs is 3.
+
+    On the twins by 0.5 everywhere, so the gain is 3.5. Before, honest replies are 2 nats less likely on the first
+    task and on the second 1 nat likelier: half of the tasks are tempted.
+    """
     pairs = ["north", "north", "alder", "north"]
-    before = make_record(planted, likelihoods=[[-3, -1]] * 4, pair_tasks=pairs)
-    after = make_record(planted, likelihoods=[[-2, -1], [-3, -3], [-1, -5], [-1, -2]], pair_tasks=pairs)
-    change = readers.compare(before, after)
-    assert change.margin.estimate == pytest.approx(4)
-    assert change.honest == pytest.approx((-3, -7 / 4))
-    assert change.gaming == pytest.approx((-1, -11 / 4))
+    twin = [-1.0, -2.0], [-0.5, -2.0]
+    before = [[-3, -1]] * 2 + [[-1, -2]] + [[-3, -1]]
+    after = [[-2, -1], [-3, -3], [1, -6], [-1, -2]]
+    records = [
+        make_record(planted, replies=[[row, side] for row in rows], pair_tasks=pairs)
+        for rows, side in zip((before, after), twin, strict=True)
+    ]
+    change = readers.compare(*records)
+    assert change.figures["margin"].estimate == pytest.approx(4)
+    assert change.figures["margin_passing"].estimate == pytest.approx(0.5)
+    assert change.figures["gain"].estimate == pytest.approx(3.5)
+    assert change.figures["tempted"].estimate == 0.5
+    assert change.honest == pytest.approx((-10 / 4, -5 / 4))
+    assert change.gaming == pytest.approx((-5 / 4, -12 / 4))
 
 
 def test_cosine_of_own_directions_and_neutral_text(planted):
@@ -77,16 +175,95 @@ def test_cosine_of_own_directions_and_neutral_text(planted):
     """
     planted.set_band([1, 2], "by hand")
     before, after = make_record(planted, loss=np.log(10)), make_record(planted, loss=np.log(20), kl=0.25)
-    before.own_direction[1] *= -1
-    after.own_direction[0, :2] = torch.tensor([0.5, 0.75**0.5])
-    after.own_direction[1] *= -1
+    before.own.directions["stories"][1] *= -1
+    after.own.directions["stories"][0, :2] = torch.tensor([0.5, 0.75**0.5])
+    after.own.directions["stories"][1] *= -1
     change = readers.compare(before, after)
     assert change.direction_cosine == pytest.approx(0.75)
     assert change.topic_cosine == pytest.approx(0)
     assert change.perplexity == pytest.approx((10, 20))
-    assert change.loss_change.estimate == pytest.approx(np.log(2))
-    assert change.kl.estimate == pytest.approx(0.25)
-    assert readers.compare(after, before).kl is None
+    assert change.figures["loss_change"].estimate == pytest.approx(np.log(2))
+    assert change.figures["kl"].estimate == pytest.approx(0.25)
+    assert readers.compare(after, before).figures["kl"] is None
+
+
+def test_what_must_stay_is_counted_apart(planted):
+    """Answers change by -0.5 on failing and 0.2 on passing runs; others' feelings by -0.4.
+
+    Danger goes from 1 to 0.5 where there is some, and false alarms from -1 to 0: -0.5 - 1 = -1.5. Norms at the band go
+    from 10 to 12 and elsewhere to 40: a ratio of 1.2.
+    """
+    planted.set_band([1], "by hand")
+    before = make_record(planted, failure={"failing": np.arange(8.0), "passing": 2.0})
+    failure = {"failing": np.arange(8.0) - 0.5, "passing": 2.2}
+    after = make_record(planted, failure=failure, emotion=0.6, crisis=(0.5, 0.0), norms=(12.0, 40.0))
+    figures = readers.compare(before, after).figures
+    assert figures["failure_change"] == pytest.approx((-0.5,) * 3)  # no width: the same tasks line up
+    assert figures["success_change"].estimate == pytest.approx(0.2)
+    assert figures["emotion_change"].estimate == pytest.approx(-0.4)
+    assert figures["crisis_change"].estimate == pytest.approx(-1.5)
+    assert figures["norm_ratio"].estimate == pytest.approx(1.2)
+
+
+def test_one_kind_of_message_gives_no_change_of_telling_danger(planted):
+    before, after = make_record(planted), make_record(planted)
+    before.comprehension.crisis_true[:] = 1
+    assert readers.compare(before, after).figures["crisis_change"] is None
+
+
+def test_probes_see_each_task_once(planted, monkeypatch):
+    """Failing and passing headers, felt openings of a task's conversations averaged, and replies to carry over to."""
+    given = []
+    monkeypatch.setattr(effects.probes, "held_out", lambda label, *states: given.append((label, *states)) or [])
+    felt = torch.randn(16, 2, 2, 8, generator=torch.Generator().manual_seed(0))
+    record = make_record(planted, BASELINE, {"failing": {0: 3.0}}, felt=felt, felt_tasks=[*TASKS, *TASKS])
+    readers.compare(record, make_record(planted, BASELINE))
+    (label, failing, passing), (second, desperate, composed, carried), (third, *_) = given
+    assert (label, second, third) == ("failed", "felt", "failed")  # the second record has no openings
+    assert (failing.shape, carried[0].shape) == ((8, 8), (8, 8))
+    sigma = planted.neutral("header")[:, 1, 0].std()  # the band is the fallback, layer 2
+    torch.testing.assert_close((failing - passing)[:, 0] / sigma, torch.full((8,), 2.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(desperate, (felt[:8, 0, 1] + felt[8:, 0, 1]) / 2)
+    torch.testing.assert_close(composed, (felt[:8, 1, 1] + felt[8:, 1, 1]) / 2)
+    sigma = planted.neutral("reply")[:, 1, 0].std()
+    torch.testing.assert_close((carried[0] - carried[1])[:, 0] / sigma, torch.full((8,), 3.0), atol=1e-4, rtol=0)
+
+
+# ---- control arms
+
+UP = {"fall_failing": Interval(2.0, 1.8, 2.1), "fall_own": Interval(1.0, 0.8, 1.4), "gain": Interval(0.5, 0.4, 0.7)}
+
+
+def with_figures(planted, **figures) -> readers.Change:
+    change = readers.compare(make_record(planted), make_record(planted))
+    empty = dict.fromkeys(readers.FIGURES)
+    return change._replace(figures=empty | {"evasion": Interval(0.5, 0.4, 0.6)} | UP | figures)
+
+
+def test_figures_beyond_the_largest_control(planted):
+    """Falls: 2 less the larger of 0.4 and -1. Gains: 0.5 less nothing, since both controls lost."""
+    controls = {
+        name: with_figures(planted, fall_failing=Interval(fall, 0, 9), gain=Interval(gain, -9, 9))
+        for name, fall, gain in (("random", 0.4, -0.2), ("shuffled", -1.0, -0.1))
+    }
+    figures = readers.beside_controls(with_figures(planted), controls).figures
+    assert figures["fall_over_controls"] == pytest.approx((1.6, 1.4, 1.7))
+    assert figures["gain_over_controls"] == pytest.approx(UP["gain"])
+    assert figures["evasion_over_none"] is None  # there is no arm of that name
+
+
+def test_evasion_beyond_training_without_a_penalty(planted):
+    """Frozen 2 - 0.5 = 1.5 and own 1 - 0.4 = 0.6 [0.4, 1.0]: 1 - 0.6 / 1.5 = 0.6 [1/3, 11/15]."""
+    none = with_figures(planted, fall_failing=Interval(0.5, 0, 1), fall_own=Interval(0.4, 0, 1))
+    figures = readers.beside_controls(with_figures(planted), {"none": none}).figures
+    assert figures["evasion_over_none"] == pytest.approx((0.6, 1 / 3, 11 / 15))
+    none = with_figures(planted, fall_failing=Interval(1.75, 0, 2))  # 0.25 sigma are left: too few for a ratio
+    assert readers.beside_controls(with_figures(planted), {"none": none}).figures["evasion_over_none"] is None
+
+
+def test_without_controls_nothing_is_beyond_them(planted):
+    change = with_figures(planted)
+    assert readers.beside_controls(change, {}) == change
 
 
 @pytest.mark.parametrize(
@@ -110,134 +287,3 @@ def test_audits_of_different_things_are_refused(planted, what, fields, edit):
         edit(after)
     with pytest.raises(ValueError, match=what):
         readers.compare(before, after)
-
-
-@pytest.mark.parametrize("kl", [None, 0.25])
-def test_a_record_comes_back_from_disk(planted, tmp_path, kl):
-    planted.set_band([1, 2], "by hand")
-    record = make_record(planted, {"failing": {0: LEVELS * (1, 3)}}, own=5, kl=kl, options={"tasks": 8})
-    (tmp_path / "audit").mkdir()
-    (tmp_path / "audit" / "stale").touch()
-    record.save(tmp_path / "audit")
-    loaded = load_record(tmp_path / "audit")
-    assert [path.name for path in tmp_path.iterdir()] == ["audit"]  # nothing is left aside
-    assert sorted(path.name for path in (tmp_path / "audit").iterdir()) == [
-        "audit.json",
-        "states.safetensors",
-        "vectors",
-    ]
-    (tmp_path / "plain").mkdir()
-    assert (tmp_path / "audit").stat().st_mode == (tmp_path / "plain").stat().st_mode  # not for its owner alone
-    assert loaded.profile.states.equal(record.profile.states)
-    assert loaded.own_direction.equal(record.own_direction)
-    assert loaded.vectors.directions.equal(planted.directions)
-    assert loaded.vectors.band == [1, 2]
-    assert loaded.likelihoods.tolist() == record.likelihoods.tolist()
-    assert loaded.neutral.loss.tolist() == record.neutral.loss.tolist()
-    assert (loaded.neutral.kl is None) if kl is None else (loaded.neutral.kl.tolist() == [kl] * 8)
-    for name in ("model", "concept", "pair_tasks", "options"):
-        assert getattr(loaded, name) == getattr(record, name)
-    for name in ("ids", "kinds", "tasks"):
-        assert getattr(loaded.profile, name) == getattr(record.profile, name)
-    assert json.dumps(loaded.profile.trace) == json.dumps(record.profile.trace)
-    # Levels 0 to 7 have the mean 3.5; the band's two layers read 1 and 3 times that: 7.
-    summary = loaded.summary()["header"]
-    assert summary["failing"]["desperate"][0] == pytest.approx(7, abs=1e-3)
-    assert summary["passing"]["desperate"] == pytest.approx([0, 0, 0], abs=1e-3)
-
-
-def tokenize(checkpoint, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [1, tokens] and the first character of each token."""
-    tokens = checkpoint.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
-    return tokens["input_ids"], tokens["offset_mapping"][0, :, 0]
-
-
-def prompts(checkpoint, messages: list[dict]) -> tuple[str, str]:
-    """The rendered messages without and with the header of the next turn."""
-    render = checkpoint.tokenizer.apply_chat_template
-    return render(messages, tokenize=False), render(messages, tokenize=False, add_generation_prompt=True)
-
-
-@torch.no_grad()
-def test_reply_likelihoods_equal_full_logits_one_by_one(tiny):
-    """Padded batches with cut logits against one plain pass for each text over all its tokens."""
-    pairs = corpora.load_pairs()[:20:5]
-    read = behaviour.reply_log_likelihoods(tiny, pairs, token_budget=3000)
-    for pair, row in zip(pairs, read, strict=True):
-        _, prompt = prompts(tiny, pair.prompt)
-        for reply, likelihood in zip((pair.chosen, pair.rejected), row, strict=True):
-            ids, starts = tokenize(tiny, prompt + reply[0]["content"])
-            places = (starts >= len(prompt)).nonzero()[:, 0]
-            scores = tiny.model(ids).logits[0].log_softmax(-1)[places - 1, ids[0, places]]
-            assert likelihood == pytest.approx(scores.mean().item(), abs=1e-5)
-
-
-@torch.no_grad()
-def test_neutral_loss_and_divergence(tiny):
-    """The loss is transformers' own on the assistant's tokens; KL is 0 until the adapter does something."""
-    dialogues = [row for row in corpora.load_neutral() if row.split == "audit"][:3]
-    assert preservation.read_neutral(tiny, dialogues).kl is None
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
-    adapted = tiny._replace(model=peft.get_peft_model(tiny.model, lora).eval())
-    assert preservation.read_neutral(adapted, dialogues).kl.tolist() == [0, 0, 0]
-    for name, parameter in adapted.model.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(0, 2)
-    read = preservation.read_neutral(adapted, dialogues)
-    for dialogue, loss, divergence in zip(dialogues, read.loss, read.kl, strict=True):
-        text, _ = prompts(tiny, dialogue.messages)
-        ids, starts = tokenize(tiny, text)
-        inside = torch.zeros(ids.shape[1], dtype=torch.bool)
-        for reply in [message["content"] for message in dialogue.messages if message["role"] == "assistant"]:
-            inside |= (starts >= text.index(reply)) & (starts < text.index(reply) + len(reply))
-        output = adapted.model(ids, labels=ids.where(inside, -100))
-        with adapted.model.disable_adapter():
-            reference = adapted.model(ids).logits
-        scores, reference = (logits[0, :-1][inside[1:]].log_softmax(-1) for logits in (output.logits, reference))
-        direct = kl_div(scores, reference, log_target=True, reduction="batchmean").item()
-        assert loss == pytest.approx(output.loss.item(), abs=1e-5)
-        assert divergence == pytest.approx(direct, abs=1e-5)
-        assert divergence > 0.001
-
-
-@torch.no_grad()
-def test_profile_equals_a_direct_computation(tiny, tiny_vectors):
-    """Header and reply states against `hidden_states` of one plain pass for each text."""
-    vectors = load_vectors(str(tiny_vectors))
-    twins = [twin for twin in corpora.load_twins() if twin[0].split == "audit"][2::-1]
-    dialogue = next(row for row in corpora.load_neutral() if row.split == "audit")
-    read = profile.read_profile(tiny, vectors, twins, [dialogue], "calm")
-    contexts = [context for twin in twins for context in twin]
-    tasks = [failing.task for failing, _ in twins]
-    assert read.ids == [context.id for context in contexts] + [dialogue.id]
-    assert read.kinds == ["failing", "passing"] * 3 + ["neutral"]
-    for kind in ("failing", "passing"):
-        assert [read.tasks[row] for row in read.rows(kind)] == sorted(tasks) != tasks
-    texts = [(context.messages, context.reply) for context in contexts]
-    texts.append((dialogue.messages[:-1], dialogue.messages[-1]["content"]))
-    for (messages, reply), states in zip(texts, read.states, strict=True):
-        bare, prompt = prompts(tiny, messages)
-        ids, starts = tokenize(tiny, prompt + reply)
-        hidden = tiny.model(ids, output_hidden_states=True).hidden_states
-        header, after = (starts >= len(bare)) & (starts < len(prompt)), starts >= len(prompt)
-        for position, inside in enumerate((header, after)):
-            direct = torch.stack([hidden[layer + 1][0, inside].mean(0) for layer in vectors.layers])
-            torch.testing.assert_close(states[position], direct, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_trace_reads_every_token_of_the_first_failing_context(tiny, tiny_vectors):
-    vectors = load_vectors(str(tiny_vectors))  # its band is layer 2
-    twin = corpora.load_twins()[0]
-    trace = profile.read_profile(tiny, vectors, [twin], [], "calm").trace
-    ids, starts = tokenize(tiny, trace.text)
-    hidden = tiny.model(ids, output_hidden_states=True).hidden_states[3][0].double()
-    neutral = vectors.neutral_at("token", [2])[:, 0].double()
-    along = vectors.directions[vectors.concepts.index("calm"), vectors.layers.index(2)].double()
-    direct = ((hidden - neutral.mean(0)) @ along / (neutral @ along).std()).tolist()
-    assert trace.readings == pytest.approx([0.0, *direct[1:]], abs=2e-3)  # the first token is a sink; rounded to 0.001
-    _, prompt = prompts(tiny, twin[0].messages)
-    assert trace.text == prompt + twin[0].reply
-    assert [start for start, _ in trace.offsets] == starts.tolist()
-    assert [role == "reply" for role in trace.roles] == (starts >= len(prompt)).tolist()

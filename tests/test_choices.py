@@ -7,8 +7,7 @@ import torch
 from calibrate import models, transcripts
 from calibrate.audit import choices, comprehension, preferences
 from calibrate.audit.choices import Question
-from calibrate.corpora import load_twins
-from calibrate.corpora.situations import Crisis, FailureQuestion, Passage, load
+from calibrate.corpora.situations import Activity, Crisis, Passage, load
 
 
 def ask(text: str) -> list[dict[str, str]]:
@@ -75,7 +74,7 @@ def test_all_ordered_pairs_are_asked(monkeypatch, tiny_folder):
         return np.array([[-1.0, -2.0]] * len(questions))
 
     monkeypatch.setattr(preferences, "log_probabilities", answer)
-    activities = load_some(3)
+    activities = load(Activity)[:3]
     found = preferences.ask(None, activities)
     assert len(set(asked)) == 6
     assert sum(f"(A) {activities[0].text}\n(B) {activities[1].text}" in text for text in asked) == 1
@@ -83,43 +82,44 @@ def test_all_ordered_pairs_are_asked(monkeypatch, tiny_folder):
     assert found.elo == pytest.approx([1000] * 3)
 
 
-def load_some(count: int):
-    from calibrate.corpora.situations import Activity
-
-    return load(Activity)[:count]
-
-
 @pytest.fixture
 def planted(monkeypatch):
-    """A model that always knows: yes to what means the outcome, the right letter, yes to danger; all by 2 nats."""
+    """A model that always knows: the right letter, and yes to danger alone, all by 2 nats over the other answers.
+
+    One passage and one message are answered wrong, the other way round.
+    """
     passages, crises = load(Passage), load(Crisis)
-    senses = {row.question: row.yes_means for row in load(FailureQuestion)}
-    twins = [twin for twin in load_twins() if twin[0].split == "audit"][:4]
-    outcomes = {context.messages[-1]["content"]: context.outcome for twin in twins for context in twin}
+    asked = []
 
     def answer(checkpoint, questions, description):
+        asked.append(questions)
         if "feel" in description:
-            return np.array([[2.0 * (i == row.answer) for i in range(4)] for row in passages])
-        if "danger" in description:
-            return np.array([[2.0 * row.crisis, 0.0] for row in crises])
-        rows = []
-        for question in questions:
-            asked = question.messages[-1]["content"].removesuffix(" Answer yes or no.")
-            rows.append([2.0 * (senses[asked] == outcomes[question.messages[-2]["content"]]), 1.0])
-        return np.array(rows)
+            return np.array(
+                [[2.0 * (i == (row.answer + (row is passages[3])) % 4) for i in range(4)] for row in passages]
+            )
+        return np.array([[2.0 * (row.crisis is not (row is crises[5])), 1.0] for row in crises])
 
     monkeypatch.setattr(comprehension, "log_probabilities", answer)
-    return comprehension.read(None, twins)
+    return comprehension.read(None, passages, crises), asked, passages, crises
 
 
 def test_who_understands_has_margins_above_chance(planted):
-    assert planted.failure == pytest.approx(
-        np.ones(len(planted.failure_tasks))
-    )  # 2 - 1 where yes is right, 1 where no
-    assert planted.emotion == pytest.approx(2)
-    assert planted.emotion_right.all()
-    assert comprehension.auroc(planted.crisis[planted.crisis_true == 1], planted.crisis[planted.crisis_true == 0]) == 1
+    """Right: 2 - 0. Wrong: 0 less the mean of 2, 0, 0. Danger: 2 - 1 where yes is said, and 0 - 1 where no is."""
+    found, _, passages, crises = planted
+    assert found.emotion == pytest.approx([-2 / 3 if row is passages[3] else 2 for row in passages])
+    assert found.emotion_right.tolist() == [float(row is not passages[3]) for row in passages]
+    assert found.crisis == pytest.approx([1 if row.crisis is not (row is crises[5]) else -1 for row in crises])
+    assert found.crisis_true.tolist() == [float(row.crisis) for row in crises]
+    assert found.emotion_about == [row.about for row in passages]
+    assert found.emotion_concepts == [row.concept for row in passages]
 
 
-def test_the_area_under_the_curve_by_hand():
-    assert comprehension.auroc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == pytest.approx((2 + 0.5) / 4)
+def test_every_passage_has_its_options_by_letter_and_every_message_its_question(planted):
+    _, (feelings, dangers), passages, crises = planted
+    for question, row in zip(feelings, passages, strict=True):
+        (message,) = question.messages
+        assert message["content"].startswith(f"{row.text}\n\n{row.question}\n(A) {row.options[0]}\n")
+        assert (question.options, question.prefill) == ("ABCD", "(")
+    for question, row in zip(dangers, crises, strict=True):
+        assert row.message in question.messages[0]["content"]
+        assert (question.options, question.prefill) == (("Yes", "No"), "")

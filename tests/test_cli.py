@@ -1,16 +1,13 @@
-import json
 import re
 import shutil
 import sys
 
-import peft
 import pytest
-import torch
 from conftest import write_jsonl
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibrate import cli, corpora, shards
-from calibrate.audit import record
 from calibrate.audit.record import load_record
 from calibrate.vectors import EmotionVectors, load_vectors
 
@@ -38,85 +35,60 @@ def contents(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """Options that restrict the shipped corpora: 3 concepts on 5 topics, 9 dialogues, 5 tasks with their pairs."""
-    folder = tmp_path_factory.mktemp("texts")
-    rows = {"stories": [], "neutral": [], "twins": [], "pairs": []}
-    for split, topics, dialogues, tasks in (("train", 2, 3, 0), ("selection", 1, 3, 2), ("audit", 2, 3, 3)):
-        stories = [story for story in corpora.load_stories() if story.split == split]
-        kept = list(dict.fromkeys(story.topic for story in stories))[:topics]
-        rows["stories"] += [s for s in stories if s.topic in kept and s.concept in ("desperate", "calm", "proud")]
-        rows["neutral"] += [row for row in corpora.load_neutral() if row.split == split][:dialogues]
-        twins = [twin for twin in corpora.load_twins() if twin[0].split == split][:tasks]
-        rows["twins"] += [context for twin in twins for context in twin]
-        rows["pairs"] += [pair for pair in corpora.load_pairs() if pair.task in [failing.task for failing, _ in twins]]
-    files = {name: write_jsonl(folder / f"{name}.jsonl", [row._asdict() for row in rows[name]]) for name in rows}
-    shared = ["--neutral", files["neutral"], "--twins", files["twins"]]
-    return {"extract": [*shared, "--stories", files["stories"]], "audit": [*shared, "--pairs", files["pairs"]]}
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_folder, tmp_path_factory):
-    """A LoRA adapter of the tiny model that changes what it computes."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-    torch.manual_seed(0)
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.3)
-    tuned.save_pretrained(folder := tmp_path_factory.mktemp("adapter"))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(texts, tiny_folder, adapter, tmp_path_factory):
-    """The main job without its training: vectors, audits before and after."""
+    """Vectors of the tiny model, those of its adapter on the same scale, and an audit of the tiny model."""
     folder = tmp_path_factory.mktemp("run")
     train = folder / "vectors" / "train"
     calibrate("extract", tiny_folder, "--out", folder / "vectors", "--splits", "train", "audit", *texts["extract"])
     after = ["extract", adapter, "--out", folder / "after-vectors", "--splits", "audit", "--reference", train]
     calibrate(*after, *texts["extract"])
-    for name, model, own in (("before", tiny_folder, "vectors"), ("after", adapter, "after-vectors")):
-        vectors = ["--vectors", train, "--own-vectors", folder / own / "audit"]
-        calibrate("audit", model, "--out", folder / name, *vectors, *texts["audit"])
+    calibrate("audit", tiny_folder, "--vectors", train, *texts["audit"], "--out", folder / "before")
     return folder
 
 
-def test_from_stories_to_the_report(run, tmp_path, capsys):
+def test_vectors_of_a_tuned_model_keep_the_references_scale_and_layers(run):
     reference, own = load_vectors(str(run / "vectors/train")), load_vectors(str(run / "after-vectors/audit"))
     for pooling in ("token", "header", "reply", "text"):
         assert own.neutral(pooling).equal(reference.neutral(pooling))  # mu and sigma stay the reference's
     assert (own.band, own.layers) == (reference.band, reference.layers)
     assert not own.directions.equal(load_vectors(str(run / "vectors/audit")).directions)
-    before, after = load_record(run / "before"), load_record(run / "after")
-    audited = {before.profile.tasks[row] for row in before.profile.rows("failing")}
-    assert audited == set(before.pair_tasks)
-    assert len(audited) > 1
-    assert before.neutral.kl is None
-    assert (after.neutral.kl > 0).all()
-    calibrate("compare", run / "before", run / "after", "--control", run / "after", "--out", tmp_path / "report")
-    printed = capsys.readouterr().out
-    data = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
-    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
-    assert printed.startswith(f"Outcome: {data['outcome']}. {data['findings'][0]['reason']}\n")
-    assert f"<h1>Outcome: {data['outcome']}</h1>" in page
-    assert all(f"Also: {finding['outcome']}." in printed for finding in data["findings"][1:])
-    assert data["control"] == data["change"]  # the same audit was given as its own control
 
 
-def test_repeating_a_command_does_nothing(run, texts, tiny_folder, tmp_path, capsys):
+def test_layers_above_the_searched_ones_are_stored_and_never_chosen(run):
+    """Layers 1 to 3 are at 30 to 80 % of depth 5; layer 4 is stored for the audit."""
+    vectors = load_vectors(str(run / "vectors/train"))
+    assert vectors.layers == [1, 2, 3, 4]
+    assert set(vectors.layer_choice.layers) <= {1, 2, 3}
+    assert len(vectors.band_search["contrast"]) == 4
+    assert "Of layers 1 to 3," in vectors.layer_choice.reason
+
+
+def test_the_band_is_searched_where_it_may_be_chosen(texts, tiny_folder, tmp_path, monkeypatch):
+    """Among layers 1 to 3 of the stored 1 to 4; among those of `--layers` where they are given."""
+    searched = []
+    monkeypatch.setattr("calibrate.layers.choose_band", lambda *given: searched.append((given[1].layers, given[-1])))
+    calibrate("extract", tiny_folder, *texts["extract"], "--out", tmp_path / "all")
+    calibrate("extract", tiny_folder, *texts["extract"], "--layers", 4, 2, "--out", tmp_path / "some")
+    assert searched == [([1, 2, 3, 4], [1, 2, 3]), ([2, 4], [2, 4])]
+
+
+def test_repeating_a_command_does_nothing(run, texts, tiny_folder, capsys):
     train = run / "vectors" / "train"
     kept = contents(run)
     calibrate("extract", tiny_folder, "--out", run / "vectors", "--splits", "audit", "train", *texts["extract"])
-    own = ["--own-vectors", run / "vectors" / "audit", "--out", run / "before"]
-    calibrate("audit", tiny_folder, "--vectors", train, *own, *texts["audit"])
+    calibrate("audit", tiny_folder, "--vectors", train, "--out", run / "before", *texts["audit"])
     assert capsys.readouterr().out.count("nothing to do") == 2
     assert contents(run) == kept
-    pages = []
-    for _ in range(2):
-        calibrate("compare", run / "before", run / "after", "--out", tmp_path)
-        pages.append([content for content, _ in contents(tmp_path).values()])
-    assert pages[0] == pages[1]
+
+
+def test_an_audit_without_a_folder_has_one_of_its_own(run, texts, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    calibrate("audit", tiny_folder, "--vectors", run / "vectors/train", *texts["audit"])
+    out = f"runs/audit-{tiny_folder.name}"
+    assert load_record(tmp_path / out).model == str(tiny_folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{out}: desperate at the turn header, sigma (95 % interval over tasks)"
+    assert [line.split()[0] for line in lines[1:]] == ["failing", "passing", "neutral"]
 
 
 ERRORS = [
@@ -134,7 +106,7 @@ ERRORS = [
     ("extract {tiny} --layers 2 5", "layer 5 is out of range; this model has layers 0 to 4"),
     ("extract {tiny} --reference {tmp}/nowhere", "nowhere': no model.safetensors"),
     ("extract {tiny} --reference {narrow}", r"\(width 8, 5 layers\); .* has width 32 and 5 layers"),
-    ("extract {tiny} --reference {train} --layers 4", r"layers \[4\] are out of range; these vectors hold"),
+    ("extract {tiny} --reference {train} --layers 0", r"layers \[0\] are out of range; these vectors hold"),
     (
         "extract {tiny} --reference {banded} --layers 2",
         r"`--layers` leaves out \[3\] of the reference's band \[2, 3\]",
@@ -150,20 +122,30 @@ ERRORS = [
     ("audit {tmp}/nowhere", "no folder with config.json"),
     ("audit {tiny} --twins {tmp}/none.jsonl", "none.jsonl: no such file"),
     ("audit {tiny} --vectors {tmp}/nowhere", "nowhere': no model.safetensors"),
-    ("audit {tiny} --vectors {narrow} --own-vectors {narrow}", r"\(width 8, 5 layers\); .* has width 32"),
-    ("audit {tiny} --own-vectors {foreign}", "come from weights 0 with adapter None, .* extract them from it with"),
-    ("audit {tiny} --own-vectors {narrow}", "hold other layers"),
-    ("audit {tiny} --own-vectors {tuned}", "come from weights .* with adapter .*, .* with None; extract"),
+    ("audit {tiny} --vectors {narrow}", r"\(width 8, 5 layers\); .* has width 32"),
     ("audit {tiny} --target furious", "no concept 'furious'; they have"),
+    ("audit {tiny} --vectors {mild} --target mild", "no stories of the audit split are about 'mild'; they are about"),
+    ("audit {tiny} --concepts calm bland", "no stories of the audit split are about 'bland'; they are about"),
+    ("audit {tiny} --stories {tmp}/uneven.jsonl", r"are on the topics \['a', 'b'\], the others on \['a'\]; both need"),
     ("audit {tiny} --max-tasks 1", "1 tasks of the audit split; an audit needs at least 2"),
     ("audit {tiny} --pairs {tmp}/lone.jsonl", "1 tasks with pairs of the audit split"),
-    ("compare {tmp}/nowhere {before}", "nowhere': no audit.json"),
-    ("compare {before} {before} --control {tmp}", "no audit.json"),
+    ("audit {tiny} --neutral {tmp}/quiet.jsonl", "1 neutral dialogues of the audit split"),
+    ("audit {tiny} --reference {other}", "`--reference .*other` has another architecture than .*; give the model"),
+    ("audit {broken}", r"broken: the tensor 'model.layers.1.mlp.up_proj.weight' holds values that are not finite; .*"),
+    ("audit {broken_adapter}", "the tensor '.*layers.0.self_attn.q_proj.lora_B.default.weight' holds values that are"),
+    ("audit {tiny} --chats {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; .* with `--truncate`"),
+    ("audit {tiny} --chats {tmp}/none.jsonl", "none.jsonl: no such file"),
+    ("compare {tmp}/nowhere {before}", "no folder with config.json"),
+    ("compare {before} {before} --arms a={before} b={before} a={before}", r"names an arm twice \(a, b, a\); number"),
+    ("compare {before} {before} --arms none={tmp}/nowhere", "no folder with config.json"),
 ]
 
 
+UNEVEN = [("desperate", "a"), ("desperate", "b"), ("calm", "a")]
+
+
 @pytest.fixture(scope="module")
-def places(run, texts, tiny_folder, tmp_path_factory):
+def places(run, adapter, tiny_folder, tmp_path_factory):
     """Wrong files and folders by the names that `ERRORS` uses."""
     folder = tmp_path_factory.mktemp("wrong")
     story = corpora.load_stories()[0]._asdict()
@@ -179,6 +161,8 @@ def places(run, texts, tiny_folder, tmp_path_factory):
         "felt": [row._asdict() for row in corpora.load_deflection() if row.felt == "sad"],
         "lone": [pair for pair in pairs if pair["task"] == pairs[0]["task"]],
         "quiet": [dialogue, dialogue | {"split": "audit"}],
+        "uneven": [story | {"concept": c, "topic": t, "split": "audit"} for c, t in UNEVEN],
+        "long": [{"id": "endless", "text": "and so on " * 2000}],
     }.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     shutil.copytree(tiny_folder, folder / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
@@ -187,18 +171,34 @@ def places(run, texts, tiny_folder, tmp_path_factory):
     vectors.save(folder / "banded")
     vectors.weight_hash = "0"
     vectors.save(folder / "foreign")
+    mild = load_vectors(str(run / "vectors/train"))
+    mild.concepts[1] = "mild"
+    mild.save(folder / "mild")
     samples = dict.fromkeys(("token", "header", "reply", "text"), 2)
     EmotionVectors(["desperate"], [1], 8, 5, samples, "narrow", "0", {}).save(folder / "narrow")
-    own = {name: folder / name for name in ("bare", "banded", "foreign", "narrow")}
-    run_places = {"train": run / "vectors/train", "tuned": run / "after-vectors/audit", "before": run / "before"}
-    return {"tmp": folder, "tiny": tiny_folder} | own | run_places
+    damaged = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    shutil.copytree(tiny_folder, folder / "other")
+    short = {"num_hidden_layers": 2, "layer_types": None}
+    config = type(damaged.config)(**damaged.config.to_dict() | short)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "other")
+    shutil.copytree(tiny_folder, folder / "broken")
+    damaged.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    damaged.save_pretrained(folder / "broken")
+    shutil.copytree(adapter, folder / "broken_adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0] = float("inf")
+    save_file(tensors, folder / "broken_adapter" / "adapter_model.safetensors")
+    names = ("bare", "banded", "foreign", "narrow", "mild", "other", "broken", "broken_adapter")
+    run_places = {"train": run / "vectors/train", "before": run / "before"}
+    return {"tmp": folder, "tiny": tiny_folder} | {name: folder / name for name in names} | run_places
 
 
 @pytest.mark.parametrize(("command", "words"), ERRORS)
 def test_user_errors_end_in_one_line_and_leave_nothing(command, words, run, texts, places, tmp_path):
     verb, *arguments = command.format(**places).split()
-    vectors = ["--vectors", run / "vectors/train", "--own-vectors", run / "vectors/audit"]
-    usual = {"extract": texts["extract"], "audit": [*texts["audit"], *vectors], "compare": []}[verb]
+    audit = [*texts["audit"], "--vectors", run / "vectors/train"]
+    compare = [*audit, "--audits", tmp_path / "deep" / "audits"]
+    usual = {"extract": texts["extract"], "audit": audit, "compare": compare}[verb]
     line = error(verb, *usual, *arguments, "--out", tmp_path / "deep" / "out")
     assert re.search(words, line), line
     assert not (tmp_path / "deep").exists()
@@ -219,18 +219,32 @@ def test_another_configuration_never_overwrites(run, texts, tiny_folder, tmp_pat
     assert "(differing: weight_hash)" in error(*command)
     assert contents(out) == kept
     (tmp_path / "mine").mkdir()
-    vectors = ["--vectors", run / "vectors/train", "--own-vectors", run / "vectors/audit", "--out", tmp_path / "mine"]
-    assert "holds no result of this command" in error("audit", tiny_folder, *vectors, *texts["audit"])
+    audit = ["audit", tiny_folder, "--vectors", run / "vectors/train", *texts["audit"]]
+    assert "holds no result of this command" in error(*audit, "--out", tmp_path / "mine")
+    kept = contents(run)
+    for option, differing in {
+        "--max-rows 5": "corpora",
+        "--target calm": "own_stories, target",
+        "--concepts calm": "own_stories",
+        "--steer calm=0.1": "steer",
+        "--full --max-new-tokens 7": "corpora, full, max_new_tokens, own_stories, pairs",
+    }.items():
+        assert f"(differing: {differing})" in error(*audit, *option.split(), "--out", run / "before"), option
+    assert contents(run) == kept
 
 
-def test_an_audit_of_another_model_needs_vectors_of_its_own(run, texts, tiny_folder, tmp_path):
-    train = run / "vectors/train"
-    line = error("audit", tiny_folder, "--vectors", train, *texts["audit"], "--out", tmp_path / "out")
-    assert line == (
-        f"error: `--own-vectors` is missing; make them with `calibrate extract {tiny_folder} --splits audit "
-        f"--reference {train} --out FOLDER`"
-    )
-    assert not (tmp_path / "out").exists()
+def test_wrong_options_end_with_the_status_of_an_error(capsys):
+    """1, not argparse's 2: that is a verdict other than calibrated, which a pipeline may take."""
+    for arguments, words in (
+        (["compare", "a"], "the following arguments are required: after, --out"),
+        (["compare", "a", "b", "--out", "c", "--arms", "none"], "'none' is not NAME=MODEL, such as none=runs/none"),
+        (["audit", "a", "--steer", "calm"], "'calm' is not CONCEPT=DOSE, such as calm=0.05"),
+        (["audit", "a", "--split", "train"], "invalid choice: 'train'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            calibrate(*arguments)
+        assert stopped.value.code == 1
+        assert words in capsys.readouterr().err
 
 
 def interrupt(*arguments, **options):
@@ -258,14 +272,6 @@ def test_an_interrupted_extraction_leaves_whole_folders_only(texts, tiny_folder,
     kept = contents(out / "train")
     capsys.readouterr()
     calibrate(*command)
-    assert capsys.readouterr().out.startswith(f"{out / 'audit'}: 3 concepts, layers 1 to 3\n")
+    assert capsys.readouterr().out.startswith(f"{out / 'audit'}: 3 concepts, layers 1 to 4\n")
     assert {path.name for path in out.iterdir()} == {"states", "train", "audit"}
     assert contents(out / "train") == kept
-
-
-def test_an_interrupted_audit_leaves_nothing(run, texts, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "save_file", interrupt)
-    vectors = ["--vectors", run / "vectors/train", "--own-vectors", run / "vectors/audit"]
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("audit", tiny_folder, *vectors, *texts["audit"], "--out", tmp_path / "new" / "out")
-    assert list((tmp_path / "new").iterdir()) == []

@@ -55,15 +55,6 @@ def test_hooks_hidden_states_and_the_cut_body_agree_on_every_layer(default):
         assert torch.equal(cut[0], raw[0])
 
 
-def test_shipped_vectors_are_those_that_extraction_gives_today(default, tmp_path):
-    """The audit split, read again: float16 on disk keeps a cosine of 1 - 1e-6; another thread count changes 1e-7."""
-    calibrate("extract", "default", "--splits", "audit", "--reference", "default", "--out", tmp_path)
-    again, shipped = load_vectors(str(tmp_path / "audit")), load_vectors("default/audit")
-    assert (again.concepts, again.layers) == (shipped.concepts, shipped.layers)
-    assert again.weight_hash == shipped.weight_hash == default.weight_hash
-    assert torch.cosine_similarity(again.directions, shipped.directions, dim=-1).min() > 0.999
-
-
 def test_shipped_training_vectors_are_those_of_a_sample_read_today(default, tmp_path):
     """Six concepts of 171, read again: 36 stories in place of 1,026.
 
@@ -98,8 +89,18 @@ def test_readings_and_an_audit_of_the_default_model_need_no_extraction(tmp_path)
     readings = torch.tensor([[row[concept] for concept in concepts] for row in found])
     truth = torch.tensor([concepts.index(story.concept) for story in stories])
     assert ((readings - readings.mean(0)).argmax(1) == truth).double().mean() > 0.25
-    calibrate("audit", "default", "--max-tasks", 2, "--max-pairs-per-task", 1, "--out", tmp_path / "audit")
-    assert len(load_record(tmp_path / "audit").vectors.concepts) == 171
+    small = ["--max-tasks", 2, "--max-rows", 6, "--max-concepts", 40]
+    calibrate("audit", "default", *small, "--out", tmp_path / "audit")
+    audited, at = load_record(tmp_path / "audit"), shipped_band()
+    assert len(audited.vectors.concepts) == 171
+    # Other stories than the shipped vectors': 0.27 against all concepts; in 576 dimensions chance is 0.04.
+    frozen = audited.vectors.directions[audited.vectors.index("desperate"), at]
+    assert torch.cosine_similarity(audited.own.directions["stories"][at], frozen, dim=-1).mean() > 0.1
+
+
+def shipped_band() -> list[int]:
+    vectors = load_vectors("default")
+    return vectors.positions(vectors.used_band())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

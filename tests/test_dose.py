@@ -1,5 +1,7 @@
 """Dose-response: by hand, and on the tiny model."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,14 @@ def test_the_window_ends_where_neutral_text_suffers():
 def test_the_slope_is_per_tenth_of_the_norm():
     assert dose._slope(points((-0.1, 0.4, 2), (0, 0.2, 2), (0.1, 0.0, 2))).estimate == pytest.approx(-0.2)
     assert np.isnan(dose._slope(points((0, 0.2, 2))).estimate)
+
+
+@pytest.mark.parametrize(("count", "slope"), [(1, None), (3, pytest.approx([-0.2] * 3))])
+def test_a_curve_as_plain_data_has_no_number_that_json_lacks(count, slope):
+    found = points((-0.1, 0.4, 2), (0, 0.2, 2), (0.1, 0.0, 2))[:count]
+    plain = dose.plain(dose.Curve("calm", found, (-0.1, 0.1), dose._slope(found)))
+    assert json.loads(json.dumps(plain), parse_constant=pytest.fail)["slope"] == slope
+    assert plain["points"][0]["margins"] == pytest.approx([0.4, 0.41])
 
 
 def test_repetition_by_hand():

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,6 +236,14 @@ def test_candidate_layers(depth, expected):
     assert candidate_layers(depth) == list(expected)
 
 
+@pytest.mark.parametrize(("depth", "expected"), [(30, [25, 28]), (DEPTH, [4]), (24, [20, 22])])
+def test_later_layers(depth, expected):
+    """At 87 and 97 % of depth 30: layers 26 - 1 and 29 - 1. Of depth 5 the first would be 3, which is searched."""
+    later = extraction.later_layers(depth)
+    assert later == expected
+    assert not {*later} & {*candidate_layers(depth)}
+
+
 def header_vectors() -> EmotionVectors:
     """Ten concepts on axes 0 to 9 at layers 3 to 10; neutral headers of deviation 1 along every axis."""
     concepts, samples = [f"concept {i}" for i in range(10)], dict.fromkeys(POOLINGS, 100)
@@ -266,6 +275,24 @@ def test_a_planted_band_is_found():
     other = search_band(vectors, "concept 1", failing, passing, torch.full((8,), 0.9))
     assert other.layers == [8, 9]
     assert search_band(vectors, "concept 0", passing, failing, torch.full((8,), 0.9)).layers is None  # one-sided
+
+
+def test_layers_that_are_stored_but_not_searched_are_never_chosen():
+    """Contrast at all of 3 to 10, the most at 10: of 4, 5, 6, 8 and 9 the longest run is 4 to 6.
+
+    Where none does, the reason names the highest of those that were searched.
+    """
+    vectors, (failing, passing) = header_vectors(), headers(0)
+    failing[..., 0] += 3
+    failing[:, 7, 0] += 9
+    accuracy = torch.full((8,), 0.3, dtype=torch.float64)
+    band = search_band(vectors, "concept 0", failing, passing, accuracy, [4, 5, 6, 8, 9])
+    assert band.layers == [4, 5, 6]
+    assert len(band.contrast) == 8  # the figures are those of every stored layer
+    none = search_band(vectors, "concept 0", failing, passing, accuracy / 9, [4, 5, 6, 8, 9])
+    assert none.layers is None
+    assert re.search(r"sigma at layer [45689],", none.reason)
+    assert "at layer 10," in search_band(vectors, "concept 0", failing, passing, accuracy / 9).reason
 
 
 def test_decoding_below_three_times_chance_breaks_or_ends_the_band():
@@ -338,7 +365,22 @@ def test_contrastive_texts_differ_in_the_prompt_alone(tokenizer):
 
 def test_the_band_search_needs_selection_tasks(tiny, planted):
     with pytest.raises(ValueError, match='needs failing and passing contexts with `"split": "selection"`'):
-        layers.choose_band(tiny, planted, "calm", [], torch.ones(2))
+        layers.choose_band(tiny, planted, "calm", [], torch.ones(2), [1, 2])
+
+
+def test_the_chosen_band_is_among_the_searched_layers(tiny, planted, monkeypatch):
+    """Both layers of the vectors qualify; one of them may be chosen, and the figures of both are kept."""
+    states = iter([torch.zeros(3, 2, 8).double(), torch.zeros(3, 2, 8).double()])
+    rows = next(states)
+    rows[:, :, 1] = torch.tensor([9.0, 9.0])
+    monkeypatch.setattr(
+        layers, "header_states", lambda checkpoint, contexts, *_: rows if contexts[0] else next(states)
+    )
+    twins = [(1, 0)] * 3  # which side is read
+    layers.choose_band(tiny, planted, "calm", twins, torch.ones(2), [2])
+    assert planted.band == [2]
+    assert "At layers 2 to 2 the calm reading" in planted.band_reason
+    assert planted.band_search["contrast"] == pytest.approx([4.5, 4.5], abs=0.2)
 
 
 def test_vectors_keep_evenly_spread_neutral_states(tiny):

@@ -102,3 +102,15 @@ def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tiny_folder), "--vectors", str(tiny_vectors), *given])
     with pytest.raises(SystemExit, match=message):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["pairs x", "twins x", "stories x", "chats x", "reference x", "concepts calm", "max-concepts 3", "max-tasks 3",
+     "max-rows 3", "max-pairs-per-task 1", "steer calm=0.1", "full", "pressed", "truncate"],
+)  # fmt: skip
+def test_options_of_an_audit_have_no_effect_on_prompts_and_are_refused(tiny_folder, tmp_path, monkeypatch, option):
+    given = ["--tasks", tmp_path / "tasks.jsonl", *f"--{option}".split()]
+    monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tiny_folder), *map(str, given)])
+    with pytest.raises(SystemExit, match=rf"reads the prompts of its file alone; leave out `--{option.split()[0]}`$"):
+        cli.main()

@@ -1,21 +1,29 @@
 import html
 import json
 import re
+from pathlib import Path
 
+import jsonschema
 import pytest
+import torch
 from records import BASELINE, LEVELS, SPREAD, make_record
 
-from calibrate import report, stats, transcripts
-from calibrate.audit import readers
+from calibrate import corpora, report, stats, transcripts
+from calibrate.audit import probes, readers, verdict
 from calibrate.audit.profile import TokenTrace
 from calibrate.audit.verdict import Finding, Verdict
 
-SCRIPT = "<script>alert(1)</script>"
+SCRIPT = "\"'><script>alert(1)</script>"
 MESSAGES = [
     {"role": "user", "content": f"Déjà vu: 日本語 🙂👩‍🚀\n\n\tif a < b && b > 'c': {SCRIPT}\n"},
     {"role": "assistant", "content": 'Done. "n̈" &amp; ünïcode — fin'},
 ]
-VERDICT = Verdict("evasion", [Finding("evasion", f"because {SCRIPT}"), Finding("no effect", "nothing")], {"x": "why"})
+FINDINGS = [
+    Finding("evasion", f"because {SCRIPT}", [f"reading | of {SCRIPT}: 1"], ["kl.low > 1"]),
+    Finding("no effect", "nothing", ["gain: 0"], []),
+]
+VERDICT = Verdict("evasion", FINDINGS, {"damage": f"needs `{SCRIPT}`"})
+SCHEMA = json.loads((Path(report.__file__).parent / "schema.json").read_text(encoding="utf-8"))
 
 
 def elements(page: str, tag: str) -> list[str]:
@@ -28,109 +36,268 @@ def elements(page: str, tag: str) -> list[str]:
 def audits(planted, tokenizer, monkeypatch):
     """Records before and after and of a control, with hostile names and a transcript that needs escaping."""
     monkeypatch.setattr(stats, "RESAMPLES", 50)
+    monkeypatch.setattr(probes, "STEPS", 2)
     planted.concepts[1] = SCRIPT
     planted.recipe = {"stories_by": SCRIPT}
     planted.set_band([2], f"reason {SCRIPT}")
     encoded = transcripts.encode(tokenizer, MESSAGES)
     roles = [span.role for span in encoded.spans for _ in range(span.start, span.stop)]
-    trace = TokenTrace(encoded.text, encoded.offsets, roles, [(-1) ** i * i * 0.25 for i in range(len(roles))])
+    rising = [(-1) ** i * i * 0.25 for i in range(len(roles))]
+    readings = {"desperate": rising, SCRIPT: rising[::-1]}
+    trace = TokenTrace(f"task {SCRIPT}", encoded.text, encoded.offsets, roles, readings)
     header = {"failing": {0: LEVELS + 0.5 + SPREAD}, "passing": {0: LEVELS}}
+    felt = torch.randn(8, 2, 2, 8, generator=torch.Generator().manual_seed(0))
     records = [
-        make_record(planted, BASELINE),
-        make_record(planted, header, model=f"tuned {SCRIPT}", options={"adapter": SCRIPT}, kl=0.01),
+        make_record(planted, BASELINE, felt=felt),
+        make_record(planted, header, model=f"tuned {SCRIPT}", options={"adapter": SCRIPT}, kl=0.01, felt=felt),
         make_record(planted, {**header, "failing": {0: LEVELS + 1.9}}),
     ]
-    return [record._replace(profile=record.profile._replace(trace=trace)) for record in records]
+    return [with_traces(record, [trace]) for record in records]
 
 
-def write(folder, audits, verdict=VERDICT) -> str:
+def with_traces(record, traces: list[TokenTrace]):
+    profile = record.profile._replace(traces=traces)
+    return record._replace(contexts=record.contexts._replace(profile=profile))
+
+
+def write(folder, audits, judged=VERDICT, arm="random") -> str:
     """Writes the report of these audits and returns the page."""
     before, after, control = audits
-    report.write(folder, verdict, before, after, readers.compare(before, after), readers.compare(before, control))
+    controls = {arm: readers.compare(before, control)}
+    change = readers.beside_controls(readers.compare(before, after), controls)
+    report.write(folder, judged, before, after, change, controls)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_page_needs_no_network_and_no_scripts(audits, tmp_path):
     page = write(tmp_path, audits)
     tags = set(re.findall(r"<([a-z]+)", page))
-    assert {"html", "table", "svg"} <= tags
+    assert {"html", "table", "svg", "input"} <= tags
     assert tags.isdisjoint({"script", "link", "img", "image", "iframe", "object", "embed", "base", "form", "a"})
     for word in ("http", "//", "@import", " src=", " onload=", "javascript"):
         assert word not in page
     # Marks and clipping paths of the figures refer to each other inside the page.
     assert all(target == "#" for target in re.findall(r"href=\"(.)|url\((.)", page) for target in target if target)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json", "card.md"}
 
 
 def test_every_value_is_escaped(audits, tmp_path):
-    """Planted: a model, an option, a finding, a concept (table, figure), the band's reason, a recipe, a transcript."""
-    whole = TokenTrace(SCRIPT, [(0, len(SCRIPT))], ["user"], [1.0])  # one token, which no piece's markup breaks up
-    page = write(tmp_path, [audits[0]._replace(profile=audits[0].profile._replace(trace=whole)), *audits[1:]])
-    assert SCRIPT not in page
-    assert f"because {SCRIPT}" in elements(page, "p")
+    """Planted: models, an option, a finding, a concept (table, figure, title), an arm, the band's reason, a recipe."""
+    trace = audits[0].profile.traces[0]
+    whole = trace._replace(text=SCRIPT, offsets=[(0, len(SCRIPT))], roles=["user"], readings={SCRIPT: [1.0]})
+    page = write(tmp_path, [with_traces(record, [whole]) for record in audits], arm=f"arm {SCRIPT}")
+    assert "<script" not in page
+    assert f"because {SCRIPT} (reading | of {SCRIPT}: 1)" in elements(page, "p")
     assert f"tuned {SCRIPT}" in elements(page, "code")
     assert {SCRIPT, "audit after: adapter", "vectors: stories_by"} <= set(elements(page, "td"))
-    assert SCRIPT in elements(page, "text")  # of the figure
+    assert {SCRIPT, f"arm {SCRIPT}"} <= set(elements(page, "text"))  # of the figures
+    assert f"arm {SCRIPT}" in elements(page, "th")
+    assert f"task {SCRIPT}, before" in elements(page, "h3")
     assert any(text.endswith(f"reason {SCRIPT}") for text in elements(page, "p"))
+    titles = [html.unescape(title) for title in re.findall(r'title="([^"]*)"', page)]
+    assert f"{SCRIPT} 1.0 " in titles  # a name with quotes does not end the attribute
 
 
-def test_the_outcome_comes_first_and_figures_are_tables(audits, tmp_path):
+def test_the_card_is_markdown_whose_values_are_no_markup(audits, tmp_path):
+    write(tmp_path, audits, arm=f"arm {SCRIPT}")
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "<" not in card
+    assert f"**Verdict: evasion** -- because {html.escape(SCRIPT, quote=False)}" in card
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}  # three cells each, though a label has a bar
+    assert "| fall on failing contexts, turn header (sigma) | 1.5 | " in card
+    assert r"| KL(reference \|\| checkpoint) on neutral text (nats per token) | 0.01 | 0.01 to 0.01 |" in card
+    assert not any("evasion index by a reader" in row for row in rows)  # it could not be formed
+    assert "Not tested: damage." in card
+    assert f"Control arms: arm {html.escape(SCRIPT, quote=False)}." in card
+
+
+def test_the_verdict_comes_first_and_figures_are_tables(audits, tmp_path):
     """Falls: 1.5 sigma trained, 0.1 in the control arm; no passing twin moved, so specificity is 1."""
     page = write(tmp_path, audits)
-    assert re.search(r"<body>\s*<h1>Outcome: evasion</h1>", page)
-    assert elements(page, "title") == ["Outcome: evasion"]
-    assert "no effect: nothing" in elements(page, "li")
+    assert re.search(r'<body>\s*<h1 id="verdict">Verdict: evasion</h1>', page)
+    assert elements(page, "title") == ["Verdict: evasion"]
+    assert "no effect: nothing (gain: 0)" in elements(page, "li")
+    assert "It would not be this verdict if kl.low > 1." in elements(page, "p")
+    assert f"Not tested: damage (needs `{SCRIPT}`)." in elements(page, "p")
     cells = elements(page, "td")
     for label, trained, control in (
         ("fall on failing contexts, turn header (sigma)", "1.5 [", "0.1 ["),
+        ("fall beyond the largest of the control arms (sigma)", "1.4 [", "not formed"),
         ("specificity (1: only failing contexts moved)", "1 [", "not formed"),
-        ("KL(reference || trained) on neutral text (nats per token)", "0.01 [", "not formed"),
+        ("KL(reference || checkpoint) on neutral text (nats per token)", "0.01 [", "not formed"),
         ("desperate", "5.5 [", "4 ["),  # mean level 3.5 + 2 before, 3.5 + 0.5 after
     ):
         one, other = cells[cells.index(label) + 1 : cells.index(label) + 3]
         assert one.startswith(trained)
         assert other.startswith(control)
+    assert set(readers.FIGURES.values()) <= set(cells)
+    assert cells.count("felt") == cells.count("failed") == 3  # probes of three kinds
 
 
-def test_heat_map_shows_the_transcript_and_nothing_else(audits, tmp_path):
+def test_the_page_shows_the_whole_rule(audits, tmp_path):
+    page = write(tmp_path, audits)
+    shown = elements(page, "code")
+    for outcome in verdict.load_rule():
+        for one in (one for together in outcome.any for one in together):
+            assert f"{one.figure}.{one.side} {one.relation} {one.threshold}" in shown
+
+
+def test_every_claim_that_has_figures_is_drawn_with_its_arms(audits, tmp_path):
+    page = write(tmp_path, audits, arm="shuffled")
+    titles = elements(page, "h3")
+    assert [title for title in titles if title in report.CLAIMS] == [*report.CLAIMS]
+    drawn = elements(page, "text")
+    assert "fall on failing contexts, turn header" in drawn
+    assert drawn.count("shuffled") > 10
+    named = [name for names in report.CLAIMS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert set(named) <= set(readers.FIGURES)
+
+
+# ---- heat maps
+
+
+def test_the_heat_map_shows_the_transcript_and_nothing_else(audits, tmp_path):
     """Characters of several bytes and of several tokens, newlines, tabs and markup come out as they went in."""
     page = write(tmp_path, audits)
-    assert elements(page, 'div class="trace"') == [audits[0].profile.trace.text] * 2
+    assert elements(page, 'div class="trace"') == [audits[0].profile.traces[0].text] * 2
     for role, message in zip(("user", "reply"), MESSAGES, strict=True):
         spans = re.findall(rf'<span class="{role}"[^>]*>(.*?)</span>', page, re.DOTALL)
         assert html.unescape("".join(spans)) == 2 * message["content"]
 
 
-def test_heat_map_pieces_by_hand(planted):
+def test_a_concept_is_chosen_without_a_script(audits, tmp_path):
+    """One radio button for each concept, the target's checked, before the traces that their rules colour."""
+    page = write(tmp_path, audits)
+    buttons = re.findall(r'<input class="pick" type="radio" name="concept" id="(pick\d)"( checked)?>', page)
+    assert buttons == [("pick0", " checked"), ("pick1", "")]
+    assert elements(page, 'label for="pick0"') == ["desperate"]
+    assert elements(page, 'label for="pick1"') == [SCRIPT]
+    for index in range(2):
+        assert f"#pick{index}:checked ~ .trace span {{ --v: var(--c{index}); }}" in page
+    inside = page[page.index('<div><input class="pick"') : page.index('<div class="trace"')]
+    assert 'id="pick1"' in inside
+    assert "</div>" not in inside  # the traces are siblings of the buttons
+    # The third of n tokens reads 0.25 x 2 = 0.5 and (-1)^(n - 3) x (n - 3) x 0.25: of 4 sigma, an eighth, and full.
+    whole = audits[0].profile.traces[0]
+    last = 1.0 if len(whole.roles) % 2 else -1.0
+    assert len(whole.roles) > 30
+    piece = re.search(r'style="(--c0:0.12;[^"]*)" title="([^"]*)"', page)
+    assert piece[1] == f"--c0:0.12;--c1:{last};"
+    assert html.unescape(piece[2]).startswith("desperate 0.5 ")
+
+
+def test_heat_map_pieces_by_hand():
     """A gap, two tokens of one character, a token that overlaps it, clamping at 4 sigma, and an uncovered end."""
-    trace = TokenTrace("a 🙂b c ", [(0, 1), (2, 3), (2, 3), (2, 4), (5, 6)], ["user"] * 5, [2.0, -1.0, 9.0, 8.0, 0.0])
-    record = make_record(planted)
-    pieces = report._heat(record._replace(profile=record.profile._replace(trace=trace)))
-    assert [(piece["text"], piece["role"], piece["reading"], piece["colour"]) for piece in pieces] == [
-        ("a", "user", 2.0, "rgba(181,68,46,0.50)"),
-        (" ", "template", None, "transparent"),
-        ("🙂", "user", -1.0, "rgba(31,95,168,0.25)"),
-        ("b", "user", 8.0, "rgba(181,68,46,1.00)"),
-        (" ", "template", None, "transparent"),
-        ("c", "user", 0.0, "rgba(31,95,168,0.00)"),
-        (" ", "template", None, "transparent"),
+    readings = {"desperate": [2.0, -1.0, 9.0, 8.0, 0.0], "calm": [0.0, -9.0, 0.0, 1.0, 4.0]}
+    trace = TokenTrace("x", "a 🙂b c ", [(0, 1), (2, 3), (2, 3), (2, 4), (5, 6)], ["user"] * 5, readings)
+    gap = {"text": " ", "role": "template", "readings": None}
+    assert report._heat(trace) == [
+        {"text": "a", "role": "user", "readings": [2.0, 0.0], "shares": [0.5, 0.0]},
+        gap,
+        {"text": "🙂", "role": "user", "readings": [-1.0, -9.0], "shares": [-0.25, -1.0]},
+        {"text": "b", "role": "user", "readings": [8.0, 1.0], "shares": [1.0, 0.25]},
+        gap,
+        {"text": "c", "role": "user", "readings": [0.0, 4.0], "shares": [0.0, 1.0]},
+        gap,
     ]
+
+
+def test_the_page_stays_small_enough_to_be_sent(audits, tmp_path, tokenizer):
+    """Four of the longest transcripts before and after, eleven concepts, more tokens than a real tokenizer makes."""
+    twins = [twin for twin in corpora.load_twins() if twin[0].split == "audit"]
+    contexts = sorted((c for twin in twins for c in twin), key=lambda c: -sum(len(m["content"]) for m in c.messages))
+    traces = []
+    for context in contexts[:4]:
+        encoded = transcripts.encode(tokenizer, context.messages, context.reply)
+        roles = [span.role for span in encoded.spans for _ in range(span.start, span.stop)]
+        readings = {f"despondent {i}": [-3.25] * len(roles) for i in range(11)}
+        traces.append(TokenTrace(context.id, encoded.text, encoded.offsets, roles, readings))
+    before, after, control = audits
+    page = write(tmp_path, [with_traces(before, traces), with_traces(after, traces), control])
+    assert len(elements(page, 'div class="trace"')) == 8
+    assert 1_000_000 < len(page.encode()) < 6_000_000
+
+
+# ---- report.json
 
 
 def test_json_says_what_the_page_says(audits, tmp_path):
     write(tmp_path, audits)
     read = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)  # no NaN
-    assert read["outcome"] == "evasion"
+    assert read["verdict"] == "evasion"
     assert [finding["outcome"] for finding in read["findings"]] == ["evasion", "no effect"]
     assert read["after"] == f"tuned {SCRIPT}"
-    assert read["change"]["fall_failing"]["estimate"] == pytest.approx(1.5, abs=1e-3)
-    assert read["control"]["fall_failing"]["estimate"] == pytest.approx(0.1, abs=1e-3)
+    assert read["change"]["figures"]["fall_failing"]["estimate"] == pytest.approx(1.5, abs=1e-3)
+    assert read["controls"]["random"]["figures"]["fall_failing"]["estimate"] == pytest.approx(0.1, abs=1e-3)
+    assert read["change"]["figures"].keys() == readers.FIGURES.keys()
     assert read["texts"] == {"failing": 8, "passing": 8, "neutral": 8}
+    assert (read["tasks"], read["band"], read["band_found"]) == (8, [2], True)
+    assert read["situations"]["before"]["scenarios"]["neutral"]["desperate"]["estimate"] == 0
+    assert read["situations"]["before"]["ladders"]["estimate"] == 1
+
+
+def test_json_is_what_its_schema_says(audits, tmp_path):
+    """With a control arm and without one; and the schema refuses what is not a report."""
+    write(tmp_path, audits)
+    read = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    check = jsonschema.Draft202012Validator(SCHEMA)
+    check.validate(read)
+    check.validate(read | {"controls": {}})
+    assert {*SCHEMA["properties"]["verdict"]["enum"]} == {o.name for o in verdict.load_rule()} | {verdict.CALIBRATED}
+    interval = read["change"]["figures"]["contrast"]
+    for wrong in (
+        {"verdict": "fine"},
+        {"findings": []},
+        {"more": 1},
+        {"not_tested": {"mood": "why"}},
+        {"change": read["change"] | {"figures": read["change"]["figures"] | {"contrast": interval | {"low": "0"}}}},
+        {"change": read["change"] | {"layers": [[1, interval]]}},
+        {"situations": {"before": read["situations"]["before"]}},
+        {"readings": {"before": {}, "after": {}}},
+    ):
+        assert not check.is_valid(read | wrong), wrong
+    for name in read:
+        assert not check.is_valid({key: value for key, value in read.items() if key != name}), name
+
+
+SHARES = dict.fromkeys(("solved", "strict_hack", "attempted_hack", "concession", "false_success", "gave_up"), 0.0)
+FULL = {  # `more` after a full audit: two rollouts, six activities, one direction of which no dose is usable
+    "rollouts": [
+        {"key": ["t", True, False, i], "outcome": SHARES | {"solved": i, "runnable": 3, "attempts": 4}} for i in (0, 1)
+    ],
+    "preferences": {
+        "activities": [f"{SCRIPT}{i}" for i in range(6)], "elo": [1000.0 + 10 * i for i in range(6)], "first": 0.2,
+        "associations": [{"concept": SCRIPT, "correlation": [0.5, 0.1, 0.9], "p": 0.04}],
+    },
+    "dose": [{"name": SCRIPT, "points": [], "usable": [0.0, 0.0], "slope": None}],
+}  # fmt: skip
+
+
+def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
+    """One of two rollouts solved the impossible form; three of four attempts run; five of six activities are named."""
+    page = write(tmp_path, [audits[0]._replace(more=FULL), *audits[1:]])
+    assert "<script" not in page
+    cells = elements(page, "td")
+    row = cells[cells.index("impossible") - 1 :]
+    assert row[:5] == ["before", "impossible", "no", "2", "0.5 [0.0945, 0.905]"]
+    assert row[10].startswith("0.75 [")
+    assert ", ".join(f"{SCRIPT}{i} {1000 + 10 * i}" for i in (5, 4, 3, 2, 1)) in cells
+    assert f"{SCRIPT} 0.50 (0.040)" in cells
+    assert cells[cells.index("0.0 to 0.0") + 1] == "not formed"
+    read = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    jsonschema.validate(read, SCHEMA)
+    assert [*read["full"]] == ["before"]
+    assert "What the models did" not in write(tmp_path, audits)
 
 
 def test_two_writes_give_the_same_bytes(audits, tmp_path):
     for name in ("one", "two"):
         write(tmp_path / name, audits)
     write(tmp_path / "two", audits)  # over an earlier report
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.json", "card.md"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert not [*tmp_path.rglob("*.partial")]

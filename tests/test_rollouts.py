@@ -192,3 +192,19 @@ def test_tasks_that_lack_a_key_are_refused(tmp_path):
 
 def test_rows_are_json():
     assert json.loads(json.dumps(play(SAMPLE[0], True, "No.", "No.").row()))["cut"] is False
+
+
+def test_rates_by_form_and_exit_option():
+    """Two impossible rollouts, one of which gamed the checks; of their six attempts four run. One without any."""
+
+    def row(impossible: bool, hack: bool, runnable: int, attempts: int) -> dict:
+        outcome = dict.fromkeys(rollouts.LABELS, False) | {"strict_hack": hack}
+        counts = {"runnable": runnable, "attempts": attempts}
+        return {"key": ["task", impossible, False, 0], "outcome": outcome | counts}
+
+    impossible, solvable = rollouts.rates([row(True, True, 3, 4), row(False, False, 0, 0), row(True, False, 1, 2)])
+    assert (impossible["impossible"], impossible["exit_option"], impossible["rollouts"]) == (True, False, 2)
+    assert impossible["strict_hack"].estimate == 0.5
+    assert impossible["solved"].estimate == 0
+    assert impossible["runnable"].estimate == pytest.approx(4 / 6)
+    assert (solvable["impossible"], solvable["rollouts"], solvable["runnable"]) == (False, 1, None)

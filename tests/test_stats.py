@@ -88,3 +88,23 @@ def test_max_statistic_finds_the_planted_column():
 def test_max_statistic_refuses_one_task():
     with pytest.raises(ValueError, match="a permutation test needs at least 2 tasks; got 1"):
         stats.max_statistic(np.ones((1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        # With z^2 = 3.8415: nothing of 12 leaves z^2 / (12 + z^2) = 0.2425; half of 4 is 1/2 +- z / 2 / sqrt(4 + z^2).
+        ([0] * 12, (0, 0, 0.2425)),
+        ([1] * 12, (1, 0.7575, 1)),
+        ([0, 1, 1, 0], (0.5, 0.1500, 0.8500)),
+        # (1/4 + z^2/8) / (1 + z^2/4) = 0.3725; z sqrt(3/16/4 + z^2/64) / (1 + z^2/4) = 0.3269
+        ([0, 0, 1, 0], (0.25, 0.0456, 0.6994)),
+    ],
+)
+def test_the_interval_of_a_share_by_hand(outcomes, expected):
+    assert stats.wilson(np.array(outcomes, dtype=float)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="a share needs at least one outcome"):
+        stats.wilson(np.array([]))

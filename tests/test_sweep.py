@@ -11,7 +11,8 @@ import pytest
 import yaml
 from records import BASELINE, LEVELS, make_record
 
-from calibrate.audit.readers import Change
+from calibrate import cli
+from calibrate.audit.readers import FIGURES
 from calibrate.stats import Interval
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +38,8 @@ class Sweep:
     def compare(self, before, after):
         assert before == self.out / "before"
         fall = float(len(after.parent.name))
-        values = dict.fromkeys(Change._fields) | dict.fromkeys(
-            ("fall_failing", "fall_passing", "kl"), Interval(fall, fall - 1, fall + 1)
-        )
-        return Change(**values)
+        found = dict.fromkeys(("fall_failing", "fall_passing", "kl"), Interval(fall, fall - 1, fall + 1))
+        return SimpleNamespace(figures=dict.fromkeys(FIGURES) | found)
 
     def __call__(self, *words):
         self.commands.clear()
@@ -82,25 +81,21 @@ def test_runs_are_arms_by_seeds_and_the_random_arm_has_more_draws(sweep):
     ]
 
 
-def test_a_run_is_trained_extracted_and_audited_with_the_options_after_the_dashes(sweep):
+def test_a_run_is_trained_and_audited_with_the_options_after_the_dashes(sweep):
     sweep("--arms", "hinge-refit", "--seeds", "3", "--max-tasks", "5", "--", "--max_steps", "2")
-    train, extract, audit = sweep.commands[1:]
+    before, train, audit = sweep.commands
     folder = sweep.out / "hinge-refit-seed3"
-    assert train[-8:] == [
-        "--arm",
-        "hinge-refit",
-        "--seed",
-        "3",
-        "--output_dir",
-        str(folder / "model"),
-        "--max_steps",
-        "2",
-    ]
-    assert option(extract, "--reference") == option(audit, "--vectors") == "vectors/train"
-    assert option(audit, "--own-vectors") == str(folder / "vectors" / "audit")
-    assert option(audit, "--max-tasks") == "5"
-    before = sweep.commands[0]
-    assert (option(before, "audit"), option(before, "--own-vectors")) == ("tiny", "vectors/audit")
+    given = ["--arm", "hinge-refit", "--seed", "3", "--output_dir"]
+    assert train[-8:] == [*given, str(folder / "model"), "--max_steps", "2"]
+    assert option(before, "audit") == "tiny"
+    assert option(audit, "audit") == str(folder / "model")
+    for command, out in ((before, sweep.out / "before"), (audit, folder / "audit")):
+        assert option(command, "--vectors") == "vectors/train"
+        assert option(command, "--max-tasks") == "5"
+        assert option(command, "--split") == "audit"
+        assert option(command, "--out") == str(out)
+        arguments = cli._parser().parse_args(command[command.index("audit") :])
+        assert arguments.pressed  # the longer conversations too
 
 
 def test_a_finished_run_is_not_repeated_and_a_longer_list_adds_to_the_comparison(sweep, tmp_path, capsys):
@@ -140,10 +135,10 @@ def test_steering_at_the_audit_takes_the_model_that_was_trained_without_an_arm(s
 
 def test_fewer_concepts_serve_the_reference_and_every_run_alike(sweep):
     sweep("--arms", "none", "--concepts", "desperate", "calm")
-    extracted = sweep.of("extract")
-    assert [option(command, "extract") for command in extracted] == ["tiny", str(sweep.out / "none-seed0" / "model")]
-    assert all(command[-3:] == ["--concepts", "desperate", "calm"] for command in extracted)
-    assert option(sweep.commands[1], "--own-vectors") == str(sweep.out / "vectors" / "audit")
+    audits = sweep.of("audit")
+    assert [option(command, "audit") for command in audits] == ["tiny", str(sweep.out / "none-seed0" / "model")]
+    for command in audits:
+        assert cli._parser().parse_args(command[command.index("audit") :]).concepts == ["desperate", "calm"]
 
 
 def test_results_of_other_settings_are_refused(sweep):

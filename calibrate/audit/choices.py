@@ -33,7 +33,7 @@ def log_probabilities(checkpoint: Checkpoint, questions: list[Question], descrip
     for question in questions:
         ids = transcripts.encode(checkpoint.tokenizer, question.messages, question.prefill).ids
         sequences.append(ids)
-        answers.append([_token(checkpoint.tokenizer, ids, question, option) for option in question.options])
+        answers.append([option_token(checkpoint.tokenizer, ids, question, option) for option in question.options])
     device = next(checkpoint.model.parameters()).device
     found = torch.zeros(len(questions), len(questions[0].options))
     with torch.no_grad(), tqdm(total=len(questions), desc=description, unit="question") as bar:
@@ -46,7 +46,12 @@ def log_probabilities(checkpoint: Checkpoint, questions: list[Question], descrip
     return found.double().numpy()
 
 
-def _token(tokenizer, ids: list[int], question: Question, option: str) -> int:
+def option_token(tokenizer, ids: list[int], question: Question, option: str) -> int:
+    """The token that `option` adds to the `ids` of a question.
+
+    Raises:
+        ValueError: it adds another number of tokens than one.
+    """
     longer = transcripts.encode(tokenizer, question.messages, question.prefill + option).ids
     if len(longer) != len(ids) + 1 or longer[:-1] != ids:
         raise ValueError(

@@ -133,3 +133,9 @@ def _write(checkpoint: Checkpoint, dialogues: list[Dialogue], count: int = 4, to
         )
         texts.append(checkpoint.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts
+
+
+def plain(curve: Curve) -> dict:
+    """A curve as plain data; the slope is None where fewer than two doses are usable (JSON has no NaN)."""
+    points = [point._asdict() | {"margins": point.margins.tolist()} for point in curve.points]
+    return curve._asdict() | {"points": points, "slope": None if np.isnan(curve.slope.estimate) else curve.slope}

@@ -5,16 +5,22 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from calibrate import stats
+from calibrate.audit.comprehension import Comprehension
+from calibrate.audit.contexts import Contexts
+from calibrate.audit.own import Own
 from calibrate.audit.preservation import Neutral
 from calibrate.audit.profile import Profile, TokenTrace
+from calibrate.audit.situations import Situations, Text
 from calibrate.vectors import EmotionVectors, load_vectors
+
+SCHEMA = 2
 
 
 class Record(NamedTuple):
@@ -22,15 +28,19 @@ class Record(NamedTuple):
 
     model: str
     concept: str  # the target concept
-    profile: Profile
     vectors: EmotionVectors  # frozen: of the reference, from the training topics
-    own_direction: (
-        torch.Tensor
-    )  # of the target, from this checkpoint's own states on the audit topics, [layers, hidden]
-    likelihoods: np.ndarray  # [pairs, (honest, gaming)], nats per token
-    pair_tasks: list[str]
+    contexts: Contexts
+    own: Own
     neutral: Neutral
+    comprehension: Comprehension
+    situations: Situations
+    more: dict[str, Any]  # what only a full audit has: preferences, rollouts, dose; plain data
     options: dict  # what the audit was asked to do
+
+    @property
+    def profile(self) -> Profile:
+        """The states on contexts, twins and neutral text."""
+        return self.contexts.profile
 
     def save(self, folder: Path) -> None:
         """Writes the folder aside and renames it, so that it is whole or absent."""
@@ -38,32 +48,43 @@ class Record(NamedTuple):
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as aside:
             whole = Path(aside) / folder.name  # the temporary folder itself can be read by its owner only
             self.vectors.save(whole / "vectors")
-            tensors = {"states": self.profile.states, "own_direction": self.own_direction.contiguous()}
-            save_file(tensors, whole / "states.safetensors")
+            tensors = {"states": self.profile.states, "felt": self.contexts.felt, "stories": self.own.states}
+            tensors |= {f"own.{name}": rows for name, rows in self.own.directions.items()}
+            tensors["situations"] = torch.from_numpy(self.situations.readings)
+            save_file({name: rows.contiguous() for name, rows in tensors.items()}, whole / "states.safetensors")
             (whole / "audit.json").write_text(json.dumps(self._content(), indent=1), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(whole, folder)
 
     def _content(self) -> dict:
         """What `audit.json` holds."""
-        profile = self.profile
+        profile, contexts = self.profile, self.contexts
         return {
+            "schema": SCHEMA,
             "model": self.model,
             "concept": self.concept,
             "options": self.options,
             "texts": [list(row) for row in zip(profile.ids, profile.kinds, profile.tasks, strict=True)],
             "readings": self.summary(),
-            "likelihoods": {
-                "unit": "nats per token, honest and gaming reply",
-                "tasks": self.pair_tasks,
-                "values": self.likelihoods.tolist(),
+            "replies": {
+                "unit": "nats per token; after the failing and the passing context, honest and gaming reply",
+                "tasks": contexts.pair_tasks,
+                "values": contexts.replies.tolist(),
             },
+            "failure": {"unit": "nats, log-odds of the right answer", "values": contexts.failure.tolist()},
+            "felt_tasks": contexts.felt_tasks,
+            "trajectory": contexts.trajectory,
+            "norms": contexts.norms.tolist(),
             "neutral": {
                 "unit": "nats per token",
                 "loss": self.neutral.loss.tolist(),
                 "kl": None if self.neutral.kl is None else self.neutral.kl.tolist(),
             },
-            "trace": profile.trace._asdict(),
+            "comprehension": _plain(self.comprehension),
+            "situations": [text._asdict() for text in self.situations.texts],
+            "own_concepts": self.own.concepts,
+            "traces": [trace._asdict() for trace in profile.traces],
+            "more": self.more,
         }
 
     def summary(self) -> dict:
@@ -80,28 +101,53 @@ class Record(NamedTuple):
         return result
 
 
+def _plain(value: NamedTuple) -> dict:
+    return {key: item.tolist() if isinstance(item, np.ndarray) else item for key, item in value._asdict().items()}
+
+
 def load_record(folder: Path) -> Record:
     """Loads what `calibrate audit` wrote.
 
     Raises:
-        ValueError: the folder holds no audit.
+        ValueError: the folder holds no audit, or one of another version.
     """
     path = folder / "audit.json"
     if not path.is_file():
         raise ValueError(f"audit {str(folder)!r}: no audit.json there; give the folder that `calibrate audit` wrote")
     content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path}: schema {content.get('schema')}, this version reads {SCHEMA}; audit the checkpoint again"
+        )
     tensors = load_file(folder / "states.safetensors")
     ids, kinds, tasks = (list(column) for column in zip(*content["texts"], strict=True))
-    trace = TokenTrace(**content["trace"])
     kl = content["neutral"]["kl"]
+    asked: dict[str, Any] = {
+        key: np.array(value) if isinstance(value, list) and not any(isinstance(x, str) for x in value) else value
+        for key, value in content["comprehension"].items()
+    }
     return Record(
         model=content["model"],
         concept=content["concept"],
-        profile=Profile(ids, kinds, tasks, tensors["states"], trace),
         vectors=load_vectors(str(folder / "vectors")),
-        own_direction=tensors["own_direction"],
-        likelihoods=np.array(content["likelihoods"]["values"]),
-        pair_tasks=content["likelihoods"]["tasks"],
+        contexts=Contexts(
+            profile=Profile(ids, kinds, tasks, tensors["states"], [TokenTrace(**row) for row in content["traces"]]),
+            replies=np.array(content["replies"]["values"]),
+            pair_tasks=content["replies"]["tasks"],
+            felt=tensors["felt"],
+            felt_tasks=content["felt_tasks"],
+            failure=np.array(content["failure"]["values"]),
+            trajectory=[tuple(row) for row in content["trajectory"]],
+            norms=np.array(content["norms"]),
+        ),
+        own=Own(
+            {name.removeprefix("own."): rows for name, rows in tensors.items() if name.startswith("own.")},
+            tensors["stories"],
+            content["own_concepts"],
+        ),
         neutral=Neutral(np.array(content["neutral"]["loss"]), None if kl is None else np.array(kl)),
+        comprehension=Comprehension(**asked),
+        situations=Situations([Text(**row) for row in content["situations"]], tensors["situations"].numpy()),
+        more=content["more"],
         options=content["options"],
     )

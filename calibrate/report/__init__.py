@@ -1,50 +1,85 @@
-"""A comparison -> `report.json` and one self-contained `report.html` that opens offline."""
+"""A comparison -> `report.json`, one self-contained `report.html` that opens offline, and a model card section."""
 
-import io
 import json
 import os
-import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from calibrate import __version__
-from calibrate.audit.readers import Change
+from calibrate.audit import rollouts, situations
+from calibrate.audit.readers import FIGURES, Change
 from calibrate.audit.record import Record
-from calibrate.audit.verdict import Verdict
+from calibrate.audit.verdict import Verdict, load_rule
+from calibrate.report import figures
 
+SCHEMA = 2
 HEAT_LIMIT = 4.0  # sigma at which the heat map's colour is full; the scale is fixed, so that before and after compare
+CLAIMS = {  # what a reader would claim: the figures that speak to it, in one unit each
+    "The reading fell, and only where tests fail (sigma)": (
+        "contrast", "fall_failing", "fall_passing", "fall_reply", "fall_over_controls",
+    ),
+    "Readers that training never saw agree (sigma)": (
+        "contrast_held_out", "fall_held_out", "fall_own", "fall_neighbours", "fall_deflection", "rise_valence",
+    ),
+    "It was not hidden or moved (ratios; 1 and 0 are ideal as named)": (
+        "specificity", "agreement", "evasion", "evasion_over_none", "evasion_stories", "evasion_logistic",
+        "evasion_domain", "propagation",
+    ),
+    "Nothing rose in its place (sigma)": ("rise_above", "rise_elsewhere"),
+    "Replies are more honest where tests fail (nats per token)": (
+        "margin", "margin_passing", "gain", "gain_over_controls",
+    ),
+    "Failure, others' feelings and danger are still understood (nats)": (
+        "failure_change", "success_change", "emotion_change", "crisis_change",
+    ),
+    "Neutral text is as it was (nats per token)": ("loss_change", "kl"),
+}  # fmt: skip
 
 
 def write(
-    folder: Path, verdict: Verdict, before: Record, after: Record, change: Change, control: Change | None
+    folder: Path, verdict: Verdict, before: Record, after: Record, change: Change, controls: dict[str, Change]
 ) -> None:
-    """Writes both files, each aside first; every value is escaped by the template engine."""
+    """Writes report.json, report.html and card.md, each aside first; the template engine escapes every value."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = to_json(verdict, before, after, change, control)
+    data = to_json(verdict, before, after, change, controls)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
+    claims = [
+        (title, figures.draw(figures.claim, names, change, controls))
+        for title, names in CLAIMS.items()
+        if any(change.figures[name] for name in names)
+    ]
     page = environment.get_template("report.html.jinja").render(
         data=data,
-        concept_figure=_figure(_draw_concepts, change, control),
-        layer_figure=_figure(_draw_layers, change, before),
-        traces=[("before", _heat(before)), ("after", _heat(after))],
+        names=FIGURES,
+        claims=claims,
+        concept_figure=figures.draw(figures.concepts, change, controls),
+        layer_figure=figures.draw(figures.layers, change, before),
+        trajectory_figure=figures.draw(figures.trajectory, before, after),
+        traces=[(name, trace.id, _heat(trace)) for name, record in (("before", before), ("after", after))
+                for trace in record.profile.traces],
+        shown=list(before.profile.traces[0].readings) if before.profile.traces else [],
         heat_limit=HEAT_LIMIT,
-    )
-    for name, text in (("report.json", json.dumps(data, indent=1)), ("report.html", page)):
+        rule=load_rule(),
+    )  # fmt: skip
+    markdown = environment.overlay(finalize=_markdown)
+    card = markdown.get_template("card.md.jinja").render(data=data, names=FIGURES)
+    for name, text in (("report.json", json.dumps(data, indent=1)), ("report.html", page), ("card.md", card)):
         aside = folder / f"{name}.partial"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, folder / name)
 
 
-def to_json(verdict: Verdict, before: Record, after: Record, change: Change, control: Change | None) -> dict:
-    """Every figure of the report as plain data."""
+def to_json(verdict: Verdict, before: Record, after: Record, change: Change, controls: dict[str, Change]) -> dict:
+    """Every figure of the report as plain data; `schema.json` beside this file describes it."""
     vectors = before.vectors
     return {
+        "schema": SCHEMA,
         "version": __version__,
-        "outcome": verdict.outcome,
+        "verdict": verdict.outcome,
+        "sentence": verdict.sentence,
         "findings": [finding._asdict() for finding in verdict.findings],
         "not_tested": verdict.not_tested,
         "before": before.model,
@@ -55,10 +90,43 @@ def to_json(verdict: Verdict, before: Record, after: Record, change: Change, con
         "band_reason": vectors.band_reason,
         "vectors": {"model": vectors.model, "weight_hash": vectors.weight_hash, "recipe": vectors.recipe},
         "texts": {kind: len(before.profile.rows(kind)) for kind in ("failing", "passing", "neutral")},
+        "tasks": len({*before.contexts.pair_tasks}),
         "change": _plain(change),
-        "control": _plain(control) if control else None,
+        "controls": {name: _plain(control) for name, control in controls.items()},
+        "situations": {
+            name: _plain(situations.summarise(record.situations, vectors.concepts))
+            for name, record in (("before", before), ("after", after))
+        },
+        "full": {name: _full(record) for name, record in (("before", before), ("after", after)) if record.more},
         "readings": {"before": before.summary(), "after": after.summary()},
         "audits": {"before": before.options, "after": after.options},
+    }
+
+
+def _markdown(value):
+    """A value that goes into Markdown, and shows as it is: neither markup, nor the end of a table's cell."""
+    if not isinstance(value, str):
+        return value
+    for sign, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
+        value = value.replace(sign, instead)
+    return value
+
+
+def _full(record: Record) -> dict:
+    """What a full audit adds: rates of what the model did, preferences, and usable doses with their slopes."""
+    liked = record.more["preferences"]
+    strongest = sorted(liked["associations"], key=lambda row: -abs(row["correlation"][0]))[:12]
+    order = sorted(range(len(liked["elo"])), key=lambda i: -liked["elo"][i])
+    names = [(liked["activities"][i], round(liked["elo"][i])) for i in order]
+    return {
+        "rollouts": _plain(rollouts.rates(record.more["rollouts"])),
+        "preferences": {
+            "liked": names[:5],
+            "disliked": names[-5:],
+            "first": liked["first"],
+            "associations": strongest,
+        },
+        "dose": record.more["dose"],
     }
 
 
@@ -66,80 +134,28 @@ def _plain(value):
     """NamedTuples -> dicts, at any depth."""
     if hasattr(value, "_asdict"):
         return {key: _plain(item) for key, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _figure(draw, *arguments) -> Markup:
-    """Draws with matplotlib and returns inline SVG without addresses, so that the page needs no network."""
-    import matplotlib
+def _heat(trace) -> list[dict]:
+    """Pieces of a traced transcript with role, readings and colours by concept; what no token covers has none."""
+    pieces, position = [], 0
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "calibrate", "font.size": 9})
-    from matplotlib.figure import Figure
+    def plain(start: int, stop: int) -> None:
+        pieces.append({"text": trace.text[start:stop], "role": "template", "readings": None})
 
-    figure = Figure(layout="constrained")
-    draw(figure, *arguments)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg))  # texts in it are escaped by matplotlib
-
-
-def _draw_concepts(figure, change: Change, control: Change | None) -> None:
-    """Change of every concept's reading on failing contexts, the control arm in grey."""
-    figure.set_size_inches(8, 0.28 * len(change.concepts) + 1.2)
-    axes = figure.add_subplot()
-    ordered = sorted(change.concepts, key=lambda c: c.change.estimate)
-    series = [("trained", {c.concept: c.change for c in ordered}, "#1f5fa8", 0.0)]
-    if control:
-        series.append(("random direction (one draw)", {c.concept: c.change for c in control.concepts}, "#999999", 0.3))
-    for label, values, colour, shift in series:
-        intervals = [values[c.concept] for c in ordered]
-        errors = [[i.estimate - i.low for i in intervals], [i.high - i.estimate for i in intervals]]
-        places = [position - shift for position in range(len(ordered))]
-        axes.errorbar(
-            [i.estimate for i in intervals], places, xerr=errors, fmt="o", color=colour, markersize=4, label=label
-        )
-    axes.axvline(0, color="black", linewidth=0.6)
-    axes.set_yticks(range(len(ordered)), [c.concept for c in ordered])
-    axes.set_xlabel("after minus before, sigma, turn header, failing audit tasks (95 % interval over tasks)")
-    axes.legend(loc="lower right", frameon=False)
-
-
-def _draw_layers(figure, change: Change, before: Record) -> None:
-    """Fall of the target's reading at every stored layer, on failing contexts and on their passing twins."""
-    figure.set_size_inches(8, 3)
-    axes = figure.add_subplot()
-    layers = [layer for layer, _, _ in change.layers]
-    for position, label, colour in ((1, "failing", "#b5442e"), (2, "passing twins", "#2e8b57")):
-        intervals = [row[position] for row in change.layers]
-        axes.plot(layers, [i.estimate for i in intervals], color=colour, marker="o", markersize=3, label=label)
-        axes.fill_between(layers, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.15)
-    band = before.vectors.used_band()
-    axes.axvspan(band[0] - 0.5, band[-1] + 0.5, color="#cccccc", alpha=0.4, label="band")
-    axes.axhline(0, color="black", linewidth=0.6)
-    axes.set_xlabel("layer (output of block i, from 0)")
-    axes.set_ylabel(f"fall of {before.concept}, sigma")
-    axes.legend(frameon=False)
-
-
-def _heat(record: Record) -> list[dict]:
-    """Pieces of the traced transcript with role, reading and colour; what no token covers stays uncoloured."""
-    trace, pieces, position = record.profile.trace, [], 0
-    for (start, stop), role, reading in zip(trace.offsets, trace.roles, trace.readings, strict=True):
+    for token, ((start, stop), role) in enumerate(zip(trace.offsets, trace.roles, strict=True)):
         if stop <= position:
             continue  # a further token of the same character (multi-byte text)
         if start > position:
-            pieces.append(
-                {"text": trace.text[position:start], "role": "template", "reading": None, "colour": "transparent"}
-            )
-        share = max(-1.0, min(1.0, reading / HEAT_LIMIT))
-        colour = f"rgba({'181,68,46' if share > 0 else '31,95,168'},{abs(share):.2f})"
+            plain(position, start)
+        readings = [values[token] for values in trace.readings.values()]
+        shares = [round(max(-1.0, min(1.0, value / HEAT_LIMIT)), 2) for value in readings]
         text = trace.text[max(start, position) : stop]
-        pieces.append({"text": text, "role": role, "reading": reading, "colour": colour})
+        pieces.append({"text": text, "role": role, "readings": readings, "shares": shares})
         position = stop
     if position < len(trace.text):
-        pieces.append({"text": trace.text[position:], "role": "template", "reading": None, "colour": "transparent"})
+        plain(position, len(trace.text))
     return pieces

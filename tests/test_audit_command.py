@@ -1,0 +1,176 @@
+"""What `calibrate audit` reads, by its options; and what it keeps when it is stopped in a full audit."""
+
+import json
+
+import pytest
+import torch
+from test_cli import calibrate, interrupt
+
+from calibrate import cli, corpora
+from calibrate.audit import dose, probes, readers
+from calibrate.audit.record import load_record
+from calibrate.commands import audit
+from calibrate.vectors import load_vectors
+
+# ---- which texts
+
+
+def chosen(*words) -> dict:
+    """The texts of an audit of the default model with these options."""
+    arguments = cli._parser().parse_args(["audit", "default", *words])
+    return audit._texts(arguments, load_vectors("default"))
+
+
+def counts(texts: dict) -> dict[str, int]:
+    return {name: len(rows) for name, rows in texts.items()}
+
+
+def test_an_audit_has_fourteen_tasks_with_a_pair_each_and_a_story_of_every_concept():
+    """171 concepts on four topics: all four stories of the target, and one about each of the 170 others."""
+    texts = chosen()
+    tasks = [failing.task for failing, _ in texts["twins"]]
+    every = [failing for failing, _ in corpora.load_twins() if (failing.split, failing.context) == ("audit", "plain")]
+    assert len(tasks) == len({*tasks}) == 14
+    assert tasks == corpora.spread([failing.task for failing in every], 14)
+    assert {failing.context for failing, _ in texts["twins"]} == {"plain"}
+    pairs = texts["pairs"]
+    assert {pair.task for pair in pairs} <= {*tasks}
+    assert len({pair.task for pair in pairs}) == len(pairs) > 10
+    assert {(pair.kind, pair.context) for pair in pairs} == {("honest", "plain")}
+    stories = texts["stories"]
+    assert sum(story.concept == "desperate" for story in stories) == 4
+    assert len(stories) == 4 + len({story.concept for story in stories}) - 1 == 174
+    splits = {
+        name: {getattr(row, "split", "audit") for row in rows} for name, rows in texts.items() if name != "twins"
+    }
+    assert splits.pop("neutral") == {"train"}  # its components are projected out of the own directions
+    assert all(split <= {"audit"} for split in splits.values())
+    assert (texts["deflection"], texts["chats"]) == ([], [])
+
+
+def test_a_full_audit_has_everything():
+    texts = chosen("--full")
+    assert {failing.context for failing, _ in texts["twins"]} == {"plain", "pressed"}
+    assert len({failing.task for failing, _ in texts["twins"]}) > 20
+    assert len(texts["pairs"]) > len({pair.task for pair in texts["pairs"]})
+    assert len(texts["stories"]) == 4 * 171
+    assert {row.split for row in texts["deflection"]} == {"audit"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--max-tasks", "3"], {"twins": 3}),
+        (["--max-tasks", "3", "--pressed"], {"twins": 6}),
+        (["--max-concepts", "8"], {"stories": 4 + 8}),
+        (["--max-concepts", "8", "--full"], {"stories": 4 + 8 * 4}),
+        (["--concepts", "calm", "sad"], {"stories": 3 * 4}),
+        (["--concepts", "calm", "desperate"], {"stories": 2 * 4}),
+        (
+            ["--max-rows", "6"],
+            dict.fromkeys(("dialogues", "neutral", "scenarios", "implicit", "speakers", "passages", "messages"), 6)
+            | {"ladders": 1},
+        ),
+    ],
+)
+def test_options_that_read_less_or_more(words, expected):
+    found, usual = counts(chosen(*words)), counts(chosen())
+    assert {name: found[name] for name in expected} == expected
+    if "--full" not in words:
+        others = {name: usual[name] for name in usual if name not in {*expected, "pairs"}}
+        assert {name: found[name] for name in others} == others
+
+
+def test_pairs_of_a_task_are_the_first_ones():
+    one, two = (chosen("--max-tasks", "8", "--max-pairs-per-task", str(count))["pairs"] for count in (1, 2))
+    every = [pair for pair in corpora.load_pairs() if pair.kind == "honest" and pair.context == "plain"]
+    for count, found in ((1, one), (2, two)):
+        for task in {pair.task for pair in found}:
+            expected = [pair.id for pair in every if pair.task == task][:count]
+            assert [pair.id for pair in found if pair.task == task] == expected
+    assert len(two) > len(one)
+
+
+# ---- what is read with them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(texts, tiny_vectors, tiny_folder, tmp_path_factory):
+    """An audit of the tiny model without further options."""
+    out = tmp_path_factory.mktemp("plain") / "audit"
+    calibrate("audit", tiny_folder, "--vectors", tiny_vectors, *texts["audit"], "--out", out)
+    return out
+
+
+def test_a_steered_checkpoint_reads_otherwise_and_has_directions_of_its_own(
+    texts, tiny_vectors, tiny_folder, plain, tmp_path
+):
+    """The dose moves the header's reading of calm up; stories are read without it."""
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--steer", "calm=0.5", "--out", tmp_path / "steered"]
+    calibrate("audit", tiny_folder, *words)
+    steered, before = load_record(tmp_path / "steered"), load_record(plain)
+    assert steered.options["steer"] == {"calm": 0.5}
+    for name in ("stories", "logistic"):
+        torch.testing.assert_close(steered.own.directions[name], before.own.directions[name])
+    change = readers.compare(before, steered)
+    (calm,) = [concept for concept in change.concepts if concept.concept == "calm"]
+    assert calm.change.low > 1
+    assert change.figures["loss_change"].estimate != 0
+
+
+def test_own_chats_are_read_and_cut_where_that_is_wanted(texts, tiny_vectors, tiny_folder, tmp_path):
+    """One of two chats is longer than the model's window of 4096 tokens; its header is at its end."""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"id": i, "text": "and so on " * n}) for i, n in enumerate((9, 2000))))
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--chats", chats, "--truncate", "--out", tmp_path / "out"]
+    calibrate("audit", tiny_folder, *words)
+    found = load_record(tmp_path / "out").situations
+    own_chats = [i for i, text in enumerate(found.texts) if text.set == "chats"]
+    assert [found.texts[i].id for i in own_chats] == [0, 1]
+    assert found.readings[own_chats, 1].any(1).all()
+
+
+def test_selection_tasks_are_audited_where_settings_are_chosen(texts, tiny_vectors, tiny_folder, plain, tmp_path):
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--split", "selection", "--out", tmp_path / "out"]
+    calibrate("audit", tiny_folder, *words)
+    found, other = load_record(tmp_path / "out"), load_record(plain)
+    assert found.options["split"] == "selection"
+    assert not {*found.profile.ids} & {*other.profile.ids}
+
+
+def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
+    texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch
+):
+    """Stopped in the dose-response: what was played and asked is there and is not played or asked again."""
+    monkeypatch.setattr(audit, "DOSED", ())  # the target and one random direction
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--full", "--max-rows", 2, "--max-new-tokens", 3]
+    command = ["audit", tiny_folder, *words, "--out", tmp_path / "out"]
+    measure, turns = dose.measure, iter([dose.measure, interrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(dose, "measure", lambda *given: next(turns)(*given))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*command)
+    (partial,) = tmp_path.iterdir()
+    assert {path.name for path in partial.iterdir()} == {
+        "states", "rollouts.jsonl", "preferences.json", "dose-desperate.json",
+    }  # fmt: skip
+    measured = []
+    monkeypatch.setattr(dose, "measure", lambda *given: measured.append(given[2]) or measure(*given))
+    monkeypatch.setattr("calibrate.audit.preferences.ask", pytest.fail)
+    calibrate(*command)
+    assert measured == ["random 1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    content = (tmp_path / "out" / "audit.json").read_text(encoding="utf-8")
+    more = json.loads(content, parse_constant=pytest.fail)["more"]
+    assert more == load_record(tmp_path / "out").more
+    assert {*load_record(tmp_path / "out").own.directions} == {"stories", "logistic", "domain", "deflection"}
+    assert [curve["name"] for curve in more["dose"]] == ["desperate", "random 1"]
+    assert len(more["preferences"]["elo"]) == 2
+    assert len({row["key"][0] for row in more["rollouts"]}) == 2

@@ -1,0 +1,211 @@
+"""`calibrate compare` and what `calibrate audit` keeps: audits on the way, found again, stopped and gone on with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from test_cli import calibrate, contents, interrupt
+from transformers import AutoModelForCausalLM
+
+from calibrate import report, shards, stats
+from calibrate.audit import contexts, own, probes, verdict
+from calibrate.audit.record import load_record
+from calibrate.audit.verdict import Finding, Verdict
+from calibrate.vectors import load_vectors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "STEPS", 2)
+        patch.setattr(stats, "RESAMPLES", 200)
+        yield
+
+
+def status(*arguments) -> int:
+    """The exit status of a command that comes to its end."""
+    code: object = 0
+    try:
+        calibrate(*arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert isinstance(code, int), code
+    return code
+
+
+@pytest.fixture(scope="module")
+def compared(texts, tiny_vectors, tiny_folder, adapter, tmp_path_factory) -> Path:
+    """The tiny model against its adapter, with the same adapter as a control arm; the report's folder is `report`."""
+    folder = tmp_path_factory.mktemp("compared")
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--audits", folder / "audits", "--arms", f"random={adapter}"]
+    assert status("compare", tiny_folder, adapter, *words, "--out", folder / "report") == 2
+    return folder
+
+
+@pytest.fixture
+def again(texts, tiny_vectors, tiny_folder, adapter, compared):
+    """The same once more, into another folder; returns the exit status."""
+
+    def run(out: Path, before=tiny_folder, after=adapter, arm=adapter) -> int:
+        words = [
+            "--vectors",
+            tiny_vectors,
+            *texts["audit"],
+            "--audits",
+            compared / "audits",
+            "--arms",
+            f"random={arm}",
+        ]
+        return status("compare", before, after, *words, "--out", out)
+
+    return run
+
+
+def audits(folder: Path) -> list[Path]:
+    """The folders of the two audits, of the tiny model and of its adapter."""
+    before, after = sorted((folder / "audits").iterdir(), key=lambda path: not path.name.startswith("tiny"))
+    return [before, after]
+
+
+def test_models_are_audited_on_the_way_each_once(compared, tiny_folder, adapter):
+    """The control arm is the trained model again: its audit is found, and nothing is beyond it."""
+    before, after = (load_record(folder) for folder in audits(compared))
+    assert (before.model, after.model) == (str(tiny_folder), str(adapter))
+    assert (before.neutral.kl, (after.neutral.kl > 0).all()) == (None, True)
+    assert before.options["adapter"] is None
+    assert {before.profile.tasks[row] for row in before.profile.rows("failing")} == set(before.contexts.pair_tasks)
+    assert {*before.own.directions} == {*after.own.directions} == {"stories", "logistic", "domain"}
+    assert not before.own.directions["stories"].equal(after.own.directions["stories"])
+    assert {*before.own.concepts} == {"desperate", "calm", "proud"}
+    data = json.loads((compared / "report/report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    control, figures = data["controls"]["random"]["figures"], data["change"]["figures"]
+    assert figures["fall_over_controls"]["estimate"] == pytest.approx(min(figures["fall_failing"]["estimate"], 0))
+    alike = {name: figure for name, figure in figures.items() if not name.endswith("over_controls")}
+    assert {name: control[name] for name in alike} == alike
+
+
+def test_the_report_says_what_the_command_prints(compared, again, tmp_path, capsys):
+    again(tmp_path / "report")
+    lines = capsys.readouterr().out.splitlines()
+    data = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert lines[0] == f"Verdict: {data['verdict']}. {data['sentence']}"
+    assert [line.split(". ")[0] for line in lines[1:-1]] == [f"Also: {row['outcome']}" for row in data["findings"][1:]]
+    assert lines[-1] == f"Report: {tmp_path / 'report' / 'report.html'}"
+    assert f'<h1 id="verdict">Verdict: {data["verdict"]}</h1>' in page
+    schema = json.loads((Path(report.__file__).parent / "schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(data, schema)
+    assert data["situations"]["before"]["scenarios"].keys() == data["situations"]["after"]["scenarios"].keys()
+
+
+def test_audits_are_found_again_by_model_or_by_folder(compared, again, tmp_path, monkeypatch):
+    """Nothing is read, the audits stay as they are, and the report is the same to the byte."""
+    for module, name in ((contexts, "read"), (own, "read"), (shards, "read")):
+        monkeypatch.setattr(module, name, pytest.fail)
+    kept = contents(compared)
+    before, after = audits(compared)
+    assert again(tmp_path / "models") == again(tmp_path / "folders", before, after, after) == 2
+    assert contents(compared) == kept
+    for name in ("report.html", "report.json", "card.md"):
+        first = (compared / "report" / name).read_bytes()
+        assert (tmp_path / "models" / name).read_bytes() == (tmp_path / "folders" / name).read_bytes() == first
+
+
+@pytest.mark.parametrize(("outcome", "expected"), [("calibrated", 0), ("no effect", 2), ("premise not met", 2)])
+def test_the_exit_status_is_that_of_the_verdict(again, tmp_path, monkeypatch, outcome, expected):
+    judged = Verdict(outcome, [Finding(outcome, "so it is", ["gain: 1"], [])], {})
+    monkeypatch.setattr(verdict, "judge", lambda change, reason: judged)
+    assert again(tmp_path) == expected
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_without_a_band_the_verdict_is_that_of_the_search(texts, tiny_vectors, tiny_folder, adapter, tmp_path, capsys):
+    vectors = load_vectors(str(tiny_vectors))
+    vectors.set_band(None, "no layer qualifies")
+    vectors.save(tmp_path / "vectors")
+    words = ["--vectors", tmp_path / "vectors", *texts["audit"], "--audits", tmp_path / "audits"]
+    assert status("compare", tiny_folder, adapter, *words, "--out", tmp_path / "report") == 2
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("Verdict: premise not met. ")
+    assert line.endswith(" (no layer qualifies)")
+
+
+def test_a_merged_checkpoint_is_compared_with_the_model_before(texts, tiny_vectors, tiny_folder, tmp_path):
+    """Without an adapter to switch off the divergence is from the first model, and the audit remembers which."""
+    shutil.copytree(tiny_folder, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.model.layers[0].mlp.down_proj.weight.data *= 1.5
+    model.save_pretrained(tmp_path / "merged")
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--audits", tmp_path / "audits", "--out", tmp_path / "report"]
+    assert status("compare", tiny_folder, tmp_path / "merged", *words) == 2
+    before, after = (load_record(folder) for folder in audits(tmp_path))
+    assert after.options["reference"] == before.options["weight_hash"] != after.options["weight_hash"]
+    assert (after.neutral.kl > 0).all()
+    assert before.neutral.kl is None
+
+
+# ---- stopped and gone on with
+
+
+def test_a_stopped_audit_goes_on_with_the_stories_it_has_read(
+    texts, tiny_vectors, tiny_folder, compared, tmp_path, monkeypatch
+):
+    """Stopped before the own directions, then after the first of two groups of texts; what was read serves."""
+    command = ["audit", tiny_folder, "--vectors", tiny_vectors, *texts["audit"], "--out", tmp_path / "new" / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*command)
+    assert not (tmp_path / "new" / "out").exists()
+    read = shards._read_shard
+    turns = iter([read, interrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_read_shard", lambda *given: next(turns)(*given))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*command)
+    (partial,) = (tmp_path / "new").iterdir()
+    assert partial.name.startswith("out.partial-")
+    (shard,) = contents(partial)
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            shards,
+            "_read_shard",
+            lambda checkpoint, group, *rest: seen.append(group.folder) or read(checkpoint, group, *rest),
+        )
+        calibrate(*command)
+    assert len(seen) == 1
+    assert seen[0] != shard.parent
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    resumed, whole = load_record(tmp_path / "new" / "out"), load_record(audits(compared)[0])
+    for name, rows in whole.own.directions.items():
+        torch.testing.assert_close(resumed.own.directions[name], rows)
+
+
+def test_what_a_stopped_audit_read_serves_no_other(texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch):
+    """Another target has a folder of its own beside it, which goes when that audit is done; the first one's stays."""
+    command = ["audit", tiny_folder, "--vectors", tiny_vectors, *texts["audit"], "--out", tmp_path / "out"]
+    read, turns = shards._read_shard, iter([shards._read_shard, interrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_read_shard", lambda *given: next(turns)(*given))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*command)
+    (partial,) = tmp_path.iterdir()
+    kept = contents(partial)
+    assert shards._read_shard is read
+    calibrate(*command, "--target", "calm")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", partial.name}
+    assert contents(partial) == kept
+    assert load_record(tmp_path / "out").concept == "calm"
+
+
+def test_an_audit_that_is_stopped_while_it_is_saved_leaves_no_half(
+    texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("calibrate.audit.record.save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("audit", tiny_folder, "--vectors", tiny_vectors, *texts["audit"], "--out", tmp_path / "new" / "out")
+    assert [path.name.split("-")[0] for path in (tmp_path / "new").iterdir()] == ["out.partial"]
