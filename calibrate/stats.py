@@ -42,8 +42,17 @@ def bootstrap(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 
 
 
 def mean(values: np.ndarray, seed: int = 0) -> Interval:
-    """Bootstrap of the mean over tasks."""
-    return bootstrap(np.mean, values, seed=seed)
+    """Bootstrap of the mean over tasks: `bootstrap(np.mean, values)`, all resamples at once.
+
+    Raises:
+        ValueError: fewer than two tasks.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        raise ValueError(f"a bootstrap needs the same tasks in every array and at least 2; got {[len(values)]}")
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def max_statistic(differences: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -7,7 +7,7 @@ from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calibrate import cli, corpora, shards
+from calibrate import cli, corpora, layers, shards
 from calibrate.audit.record import load_record
 from calibrate.vectors import EmotionVectors, load_vectors
 
@@ -60,16 +60,16 @@ def test_layers_above_the_searched_ones_are_stored_and_never_chosen(run):
     assert vectors.layers == [1, 2, 3, 4]
     assert set(vectors.layer_choice.layers) <= {1, 2, 3}
     assert len(vectors.band_search["contrast"]) == 4
-    assert "Of layers 1 to 3," in vectors.layer_choice.reason
 
 
-def test_the_band_is_searched_where_it_may_be_chosen(texts, tiny_folder, tmp_path, monkeypatch):
+def test_layers_are_chosen_and_the_band_searched_where_they_may_be(texts, tiny_folder, tmp_path, monkeypatch):
     """Among layers 1 to 3 of the stored 1 to 4; among those of `--layers` where they are given."""
-    searched = []
-    monkeypatch.setattr("calibrate.layers.choose_band", lambda *given: searched.append((given[1].layers, given[-1])))
+    among, choose = [], layers.choose_layers
+    monkeypatch.setattr(layers, "choose_layers", lambda *given: among.append(given[-1]) or choose(*given))
+    monkeypatch.setattr(layers, "choose_band", lambda *given: among.append((given[1].layers, given[-1])))
     calibrate("extract", tiny_folder, *texts["extract"], "--out", tmp_path / "all")
     calibrate("extract", tiny_folder, *texts["extract"], "--layers", 4, 2, "--out", tmp_path / "some")
-    assert searched == [([1, 2, 3, 4], [1, 2, 3]), ([2, 4], [2, 4])]
+    assert among == [[1, 2, 3], ([1, 2, 3, 4], [1, 2, 3]), [2, 4], ([2, 4], [2, 4])]
 
 
 def test_repeating_a_command_does_nothing(run, texts, tiny_folder, capsys):

@@ -134,14 +134,19 @@ def test_without_a_band_the_verdict_is_that_of_the_search(texts, tiny_vectors, t
 
 
 def test_a_merged_checkpoint_is_compared_with_the_model_before(texts, tiny_vectors, tiny_folder, tmp_path):
-    """Without an adapter to switch off the divergence is from the first model, and the audit remembers which."""
-    shutil.copytree(tiny_folder, tmp_path / "merged")
+    """Without an adapter to switch off the divergence is from the first model, and the audit remembers which.
+
+    Neither tokenizer has a template of its own: the one that is given serves the reference too.
+    """
+    for name in ("base", "merged"):
+        shutil.copytree(tiny_folder, tmp_path / name, ignore=shutil.ignore_patterns("chat_template.jinja"))
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.model.layers[0].mlp.down_proj.weight.data *= 1.5
     model.save_pretrained(tmp_path / "merged")
-    words = ["--vectors", tiny_vectors, *texts["audit"], "--audits", tmp_path / "audits", "--out", tmp_path / "report"]
-    assert status("compare", tiny_folder, tmp_path / "merged", *words) == 2
-    before, after = (load_record(folder) for folder in audits(tmp_path))
+    words = ["--chat-template", tiny_folder / "chat_template.jinja", "--vectors", tiny_vectors, *texts["audit"]]
+    words += ["--audits", tmp_path / "audits", "--out", tmp_path / "report"]
+    assert status("compare", tmp_path / "base", tmp_path / "merged", *words) == 2
+    before, after = (load_record(folder) for folder in sorted((tmp_path / "audits").iterdir()))
     assert after.options["reference"] == before.options["weight_hash"] != after.options["weight_hash"]
     assert (after.neutral.kl > 0).all()
     assert before.neutral.kl is None

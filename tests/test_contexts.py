@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from calibrate import corpora, models
 from calibrate.audit import contexts
@@ -191,6 +192,19 @@ def test_a_context_costs_two_passes_whatever_follows_it(setting):
         bare, _ = prompts(setting, context.messages)
         assert count == 1
         assert shared >= len(setting.checkpoint.tokenizer(bare)["input_ids"]) > 3 * rest
+
+
+def test_a_checkpoint_in_half_precision_is_read_too(setting, tiny_folder):
+    """bfloat16 keeps 8 bits: states within 2 % of their length, norms within 2 %; likelihoods are near ln(1/600)."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16).eval()
+    half = setting.checkpoint._replace(model=model)
+    twins, dialogues = setting.twins[:1], setting.dialogues
+    found = contexts.read(half, setting.vectors, twins, setting.pairs, QUESTIONS, dialogues, "calm")
+    whole = setting.found.profile.states[[0, 1, -2, -1]]
+    assert ((found.profile.states - whole).norm(dim=-1) / whole.norm(dim=-1)).max() < 0.02
+    assert found.norms == pytest.approx(setting.found.norms, rel=0.02)
+    rows = [row for row, pair in enumerate(setting.pairs) if pair.task == twins[0][0].task]
+    assert found.replies[rows] == pytest.approx(setting.found.replies[rows], abs=0.05)
 
 
 def test_contexts_without_openings_or_pairs(setting):

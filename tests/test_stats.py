@@ -108,3 +108,10 @@ def test_the_interval_of_a_share_by_hand(outcomes, expected):
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(ValueError, match="a share needs at least one outcome"):
         stats.wilson(np.array([]))
+
+
+def test_the_mean_is_bootstrapped_as_any_statistic_is():
+    values = np.random.default_rng(3).normal(size=13)
+    assert stats.mean(values, seed=5) == pytest.approx(stats.bootstrap(np.mean, values, seed=5), abs=1e-12)
+    with pytest.raises(ValueError, match=r"at least 2; got \[1\]"):
+        stats.mean(np.ones(1))

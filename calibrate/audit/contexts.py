@@ -177,7 +177,7 @@ class _Reader:
         ):
             read = _Read(encoded[row], states.cpu())
             means[row] = torch.stack([self.mean(read, role) for role in ROLES])
-            norms[row] = read.states[:, activations.SINK_TOKENS :].norm(dim=-1).mean(1).numpy()
+            norms[row] = read.states[:, activations.SINK_TOKENS :].float().norm(dim=-1).mean(1).numpy()
         return means, norms
 
 

@@ -49,7 +49,10 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     _check_finite(checkpoint)
     reference = None
     if arguments.reference and checkpoint.adapter_hash is None:
-        reference = models.load(arguments.reference, trust_remote_code=arguments.trust_remote_code)
+        reference = models.load(
+            arguments.reference, trust_remote_code=arguments.trust_remote_code, chat_template=arguments.chat_template,
+            block_list=arguments.blocks,
+        )  # fmt: skip
         if (wanted := models.text_config(reference.model)) and (
             (wanted.hidden_size, wanted.num_hidden_layers) != (config.hidden_size, config.num_hidden_layers)
         ):
