@@ -15,7 +15,7 @@ test-slow: .venv/installed
 
 # Models with planted faults, through `calibrate compare`: about 20 minutes on two cores.
 test-plants: .venv/installed
-	$(BIN)/pytest -m plants tests/test_plants.py
+	$(BIN)/pytest -n 2 --dist loadfile -m plants tests/test_plants.py tests/test_benign.py
 
 # The report in headless Chromium (Debian's packages, installed where they are missing).
 test-browser: .venv/installed

@@ -5,6 +5,8 @@ turn header of failing contexts and 0 at passing ones and at all other tokens, i
 there.
 """
 
+import json
+import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from calibrate import activations, corpora, models, transcripts
+from calibrate import activations, cli, corpora, models, transcripts
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors
 
+SIZE = ["--split", "selection", "--max-tasks", "12", "--max-rows", "8", "--max-concepts", "43"]
 BELOW, ABOVE, LATE = 20, 24, 27  # edited blocks: just below the band, between it and the layers above, near the end
 
 
@@ -145,9 +148,9 @@ def down(block: int) -> str:
     return f"model.layers.{block}.mlp.down_proj"
 
 
-def adapt(checkpoint: Checkpoint, layers: range, losses, rate: float = 1e-3):
+def adapt(checkpoint: Checkpoint, layers: range, losses, rate: float = 1e-3, seed: int = 0):
     """Trains a LoRA adapter of the blocks `layers` on an iterator of losses; returns the PEFT model."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LoraConfig(
         r=8, lora_alpha=16, layers_to_transform=[*layers], task_type="CAUSAL_LM",
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -306,3 +309,15 @@ def counterfeit(vectors: EmotionVectors, found: Features, target: str = "despera
     quiet = torch.linalg.svd(torch.cat([rows, own[None], other[None]]))[2][-1]
     other = other + (1 - other.square().sum()).sqrt() * quiet
     return own.float(), other.float()
+
+
+def compare(before, after, place: Path) -> tuple[int, dict]:
+    """`calibrate compare` on two models: exit status and report; audits are kept in `place` and found again."""
+    words = ["calibrate", "compare", str(before), str(after), *SIZE, "--audits", str(place)]
+    with unittest.mock.patch("sys.argv", [*words, "--out", str(place / "report")]):
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return status, json.loads((place / "report" / "report.json").read_text(encoding="utf-8"))

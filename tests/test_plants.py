@@ -4,18 +4,14 @@ On the default model; `pytest -m plants` runs them. Twelve selection tasks (24 c
 reading tells failing from passing with room to spare.
 """
 
-import json
-
 import plants
 import pytest
-import torch
 
-from calibrate import cli, models
+from calibrate import models
 from calibrate.audit.verdict import CALIBRATED, load_rule
 from calibrate.vectors import load_vectors
 
 pytestmark = [pytest.mark.plants, pytest.mark.timeout(1800)]
-SIZE = ["--split", "selection", "--max-tasks", "12", "--max-rows", "8", "--max-concepts", "43"]
 HEADER = ("header/failing", "header/passing")
 
 
@@ -24,7 +20,7 @@ def made(tmp_path_factory):
     """Every plant by name: a folder that `calibrate compare` takes."""
     folder, base = tmp_path_factory.mktemp("plants"), str(models.default_folder())
     checkpoint, vectors = models.load("default"), load_vectors("default")
-    found = plants.features(checkpoint, vectors, "train", 36)
+    found = plants.features(checkpoint, vectors, "train", 30)
     below, above = (plants.switch(found, block, HEADER[:1], HEADER[1:]) for block in (plants.BELOW, plants.ABOVE))
     everywhere = plants.switch(found, plants.BELOW, HEADER)
     emotion, at = plants.emotion_part(vectors, found), plants.down
@@ -57,28 +53,6 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def compare(tmp_path_factory):
-    """The command on two models: exit status and report; BEFORE's audit is kept."""
-    place = tmp_path_factory.mktemp("audits")
-
-    def run(before, after) -> tuple[int, dict]:
-        out = place / "report"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "sys.argv",
-                ["calibrate", "compare", str(before), str(after), *SIZE, "--audits", str(place), "--out", str(out)],
-            )
-            try:
-                cli.main()
-                status = 0
-            except SystemExit as stop:
-                status = stop.code
-        return status, json.loads((out / "report.json").read_text(encoding="utf-8"))
-
-    return run
-
-
 PLANTED = {  # before, after: the verdict
     ("default", "text and state"): CALIBRATED,
     ("never desperate", "never desperate"): "premise not met",
@@ -98,22 +72,8 @@ def test_every_verdict_has_a_plant():
 
 
 @pytest.mark.parametrize(("before", "after"), PLANTED, ids=PLANTED.values())
-def test_the_audit_names_the_fault(made, compare, before, after):
-    status, report = compare(*(name if name == "default" else made / name for name in (before, after)))
+def test_the_audit_names_the_fault(made, before, after):
+    models_given = [name if name == "default" else made / name for name in (before, after)]
+    status, report = plants.compare(*models_given, made / "audits")
     assert report["verdict"] == PLANTED[before, after], report["sentence"]
     assert status == (0 if report["verdict"] == CALIBRATED else 2)
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", ["noise", "benign"])
-def test_what_calibrates_nothing_is_never_calibrated(compare, tmp_path, kind, seed):
-    checkpoint = models.load("default")
-    if kind == "noise":
-        plants.add_noise(checkpoint, 0.02, seed)
-        plants.save_model(checkpoint, tmp_path / "model")
-    else:
-        torch.manual_seed(seed)
-        adapted = plants.adapt(checkpoint, range(30), plants.benign(checkpoint, seed), rate=3e-4)
-        adapted.save_pretrained(tmp_path / "model")
-    _, report = compare("default", tmp_path / "model")
-    assert report["verdict"] != CALIBRATED, report["sentence"]

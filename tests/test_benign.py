@@ -1,0 +1,32 @@
+"""What calibrates nothing is never called calibrated: weight noise and benign fine-tuning of the default model.
+
+Five seeds each, through `calibrate compare`; `make test-plants` runs them beside the planted faults.
+"""
+
+import plants
+import pytest
+
+from calibrate import models
+from calibrate.audit.verdict import CALIBRATED
+
+pytestmark = [pytest.mark.plants, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory):
+    """Where the audit of the default model is kept from one test to the next."""
+    return tmp_path_factory.mktemp("audits")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["noise", "benign"])
+def test_what_calibrates_nothing_is_never_calibrated(audits, tmp_path, kind, seed):
+    checkpoint = models.load("default")
+    if kind == "noise":
+        plants.add_noise(checkpoint, 0.02, seed)
+        plants.save_model(checkpoint, tmp_path / "model")
+    else:
+        adapted = plants.adapt(checkpoint, range(30), plants.benign(checkpoint, seed), rate=3e-4, seed=seed)
+        adapted.save_pretrained(tmp_path / "model")
+    _, report = plants.compare("default", tmp_path / "model", audits)
+    assert report["verdict"] != CALIBRATED, report["sentence"]
