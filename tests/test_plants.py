@@ -20,7 +20,7 @@ def made(tmp_path_factory):
     """Every plant by name: a folder that `calibrate compare` takes."""
     folder, base = tmp_path_factory.mktemp("plants"), str(models.default_folder())
     checkpoint, vectors = models.load("default"), load_vectors("default")
-    found = plants.features(checkpoint, vectors, "train", 30)
+    found = plants.features(checkpoint, vectors, "train", 36)
     below, above = (plants.switch(found, block, HEADER[:1], HEADER[1:]) for block in (plants.BELOW, plants.ABOVE))
     everywhere = plants.switch(found, plants.BELOW, HEADER)
     emotion, at = plants.emotion_part(vectors, found), plants.down
