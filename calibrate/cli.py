@@ -147,12 +147,12 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
     auditing.add_argument("--concepts", nargs="+", help="re-extract from all stories about these alone")
     auditing.add_argument("--max-concepts", type=int, help="re-extract against one story each of so many concepts")
     auditing.add_argument("--max-new-tokens", type=int, default=400, help="of one answer to a coding task")
-    auditing.add_argument(
+    two = verbs.add_parser("audit", parents=[reading, auditing], help="the emotional profile of a checkpoint")
+    two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
+    two.add_argument(
         "--steer", nargs="+", type=_dose, default=[], metavar="CONCEPT=DOSE",
         help="steer while reading: share of the residual norm that is added at the band, such as calm=0.05",
     )  # fmt: skip
-    two = verbs.add_parser("audit", parents=[reading, auditing], help="the emotional profile of a checkpoint")
-    two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
     two.add_argument("--reference", help="the model before training, for the KL of a checkpoint without an adapter")
     two.add_argument(
         "--tasks",
@@ -160,6 +160,7 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
         help="instead: flag the prompts of this JSONL ({id, text} or {id, messages}) that read high",
     )
     three = verbs.add_parser("compare", parents=[texts, auditing], help="before against after: verdict and report")
+    three.set_defaults(steer=[])  # a steered model is compared by its audit
     three.add_argument("before", help="the model before training: Hub id, folder, `default`, or its audit's folder")
     three.add_argument("after", help="the same of the model after training")
     three.add_argument(
