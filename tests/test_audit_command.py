@@ -9,7 +9,7 @@ from test_cli import calibrate, interrupt
 from calibrate import cli, corpora
 from calibrate.audit import dose, probes, readers
 from calibrate.audit.record import load_record
-from calibrate.commands import audit
+from calibrate.commands import audit, full
 from calibrate.vectors import load_vectors
 
 # ---- which texts
@@ -149,7 +149,7 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch
 ):
     """Stopped in the dose-response: what was played and asked is there and is not played or asked again."""
-    monkeypatch.setattr(audit, "DOSED", ())  # the target and one random direction
+    monkeypatch.setattr(full, "DOSED", ())  # the target and one random direction
     words = ["--vectors", tiny_vectors, *texts["audit"], "--full", "--max-rows", 2, "--max-new-tokens", 3]
     command = ["audit", tiny_folder, *words, "--out", tmp_path / "out"]
     measure, turns = dose.measure, iter([dose.measure, interrupt])

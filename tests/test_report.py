@@ -145,7 +145,8 @@ def test_the_page_shows_the_whole_rule(audits, tmp_path):
 
 
 def test_every_claim_that_has_figures_is_drawn_with_its_arms(audits, tmp_path):
-    page = write(tmp_path, audits, arm="shuffled")
+    more = {"crossing": {"readings": [[[3.0, 2.0], [2.0, 0.0]]] * 2}}
+    page = write(tmp_path, [audits[0], audits[1]._replace(more=more), audits[2]], arm="shuffled")
     titles = elements(page, "h3")
     assert [title for title in titles if title in report.CLAIMS] == [*report.CLAIMS]
     drawn = elements(page, "text")
@@ -274,6 +275,10 @@ FULL = {  # `more` after a full audit: two rollouts, six activities, one directi
         "associations": [{"concept": SCRIPT, "correlation": [0.5, 0.1, 0.9], "p": 0.04}],
     },
     "dose": [{"name": SCRIPT, "points": [], "usable": [0.0, 0.0], "slope": None}],
+    "crossing": {
+        "unit": "sigma", "tasks": ["mill", SCRIPT], "replies": [["calm", f"no {SCRIPT}"], ["a", "b"]],
+        "readings": [[[3.0, 2.0], [2.0, 0.25]], [[1.0, 1.0], [1.0, 1.0]]],
+    },
 }  # fmt: skip
 
 
@@ -288,6 +293,9 @@ def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
     assert ", ".join(f"{SCRIPT}{i} {1000 + 10 * i}" for i in (5, 4, 3, 2, 1)) in cells
     assert f"{SCRIPT} 0.50 (0.040)" in cells
     assert cells[cells.index("0.0 to 0.0") + 1] == "not formed"
+    crossed = cells.index("mill")  # by task and writer: read before and after, and the reply
+    assert cells[crossed : crossed + 5] == ["mill", "before", "3.00", "2.00", "calm"]
+    assert cells[crossed + 5 : crossed + 10] == ["", "after", "2.00", "0.25", f"no {SCRIPT}"]
     read = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     jsonschema.validate(read, SCHEMA)
     assert [*read["full"]] == ["before"]

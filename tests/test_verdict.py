@@ -97,6 +97,18 @@ def test_the_border_of_every_inequality(change, outcome, together, spared):
     assert (outcome in fired) is (spared is None)
 
 
+def test_suppression_shows_what_the_replies_owe_to_text_and_to_state(change):
+    """Replies became more honest over an unchanged reading; the parts stand beside and decide nothing."""
+    figures = CALIBRATED | {"fall_failing": NOTHING, "gain": FALL, "fall_text": Interval(0.5, 0.4, 0.6)}
+    findings = {f.outcome: f for f in judge(change._replace(figures=figures)).findings}
+    assert [line for line in findings["suppression"].figures if "by the text" in line] == [
+        "part of it by the text: either model reads the other's reply (sigma): 0.5 [0.4, 0.6]"
+    ]
+    missing = judge(change._replace(figures=figures | {"fall_text": None}))
+    assert [(f.outcome, f.otherwise) for f in missing.findings] == [(n, f.otherwise) for n, f in findings.items()]
+    assert "by the text" not in " ".join(missing.findings[0].figures)
+
+
 RULE = """
 damage: {means: worse text, any: [[loss_change.low > 0.05], [kl.low > 0.1]], source: x}
 complacency: {means: blind, any: [[failure_change.high < -0.3]], source: x}

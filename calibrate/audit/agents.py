@@ -78,13 +78,13 @@ def _play_batch(checkpoint: Checkpoint, batch: list[Rollout], settings: Settings
             else:
                 fitting.append((rollout, text))
         if fitting:
-            replies = _answer(checkpoint, [text for _, text in fitting], settings)
+            replies = answer(checkpoint, [text for _, text in fitting], settings)
             for (rollout, _), reply in zip(fitting, replies, strict=True):
                 rollout.take(reply)
 
 
 @torch.no_grad()
-def _answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list[str]:
+def answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list[str]:
     """What the model adds to each text."""
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
     sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -51,6 +51,21 @@ def preserved(before: Record, after: Record, at: list[int]) -> dict[str, Interva
     return found
 
 
+def crossed(after: Record) -> dict[str, Interval]:
+    """The change of readings over own replies, in two parts that sum to it; nothing where they were not crossed.
+
+    Of the four readings (reader before and after, of the text before and after) a part is the mean over both orders:
+    the text's with either reader, the state's on either text.
+    """
+    if not (found := after.more.get("crossing")):
+        return {}
+    readings = np.array(found["readings"])  # [tasks, reader, text]
+    text = (readings[:, :, 0] - readings[:, :, 1]).mean(1)
+    state = (readings[:, 0] - readings[:, 1]).mean(1)
+    parts = {"fall_written": text + state, "fall_text": text, "fall_state": state}
+    return {name: stats.mean(part) for name, part in parts.items()}
+
+
 def read_probes(record: Record) -> list[Probe]:
     """`failed`: failing from passing headers, wanted. `felt`: desperate from composed turns, and its transfer."""
     vectors, profile = record.vectors, record.profile

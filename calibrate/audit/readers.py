@@ -40,6 +40,9 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
     "fall_neighbours": "fall of the target's family, mean of its other members (sigma)",
     "fall_deflection": "fall by the direction of what is felt and not shown (sigma)",
     "rise_valence": "rise along the valence axis, towards pleasant (sigma)",
+    "fall_written": "fall over replies that each model writes and reads itself (sigma)",
+    "fall_text": "part of it by the text: either model reads the other's reply (sigma)",
+    "fall_state": "part of it by the state: both models read the same reply (sigma)",
     "propagation": "share of the contrast removed above the band, over that at the band",
     "rise_above": "largest rise of the reading at a layer above the band, failing contexts beyond their twins (sigma)",
     "rise_elsewhere": "largest rise of another unpleasant concept beyond itself and its level on the twins (sigma)",
@@ -109,7 +112,7 @@ def compare(before: Record, after: Record) -> Change:
     concepts = _concepts(vectors.concepts, frozen, at)
     figures |= _others(before, frozen, concepts, at)
     figures |= effects.behaviour(before, after)
-    figures |= effects.preserved(before, after, at)
+    figures |= effects.preserved(before, after, at) | effects.crossed(after)
     layers = []
     for i, layer in enumerate(vectors.layers):
         falls = [_fall(frozen, "header", kind, row, [i]) for kind in ("failing", "passing")]

@@ -20,7 +20,7 @@ from calibrate.audit.profile import Profile, TokenTrace
 from calibrate.audit.situations import Situations, Text
 from calibrate.vectors import EmotionVectors, load_vectors
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Record(NamedTuple):

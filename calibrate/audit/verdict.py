@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     means: str
     any: list[list[Inequality]]
     source: str
+    shown: list[str]  # figures that stand beside, where they were formed; they decide nothing
 
 
 class Finding(NamedTuple):
@@ -77,7 +78,7 @@ def load_rule(path: Path = RULE) -> list[Outcome]:
     rule = []
     for name, row in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         every = [[_parse(text, path) for text in together] for together in row["any"]]
-        rule.append(Outcome(name, row["means"], every, row["source"]))
+        rule.append(Outcome(name, row["means"], every, row["source"], row.get("shown", [])))
     return rule
 
 
@@ -106,8 +107,11 @@ def judge(change: Change, band_reason: str | None = None) -> Verdict:
         fired = [together for together, holds in zip(outcome.any, met, strict=True) if all(h is True for h in holds)]
         if fired:
             figures = dict.fromkeys(_say(one, change) for together in fired for one in together)
+            beside = [
+                f"{FIGURES[name]}: {_show(change.figures[name])}" for name in outcome.shown if change.figures[name]
+            ]
             otherwise = [" or ".join(_say_opposite(one) for one in together) for together in fired]
-            findings.append(Finding(outcome.name, outcome.means, [*figures], otherwise))
+            findings.append(Finding(outcome.name, outcome.means, [*figures, *beside], otherwise))
     if not findings:
         names = ("fall_failing", "specificity", "fall_own", "gain")
         shown = [f"{FIGURES[name]}: {_show(change.figures[name])}" for name in names if change.figures[name]]

@@ -1,17 +1,14 @@
 """`calibrate audit`: one checkpoint -> one folder with everything that is measured about it."""
 
 import argparse
-import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calibrate.commands import digest, identity, is_done, load
+from calibrate.commands import digest, full, identity, is_done, load
 
 QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
-DOSED = ("calm", "angry")  # steered beside the target in a full audit, and as many random directions
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -83,7 +80,10 @@ def _check_finite(checkpoint) -> None:
 
 def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -> dict[str, Any]:
     """What the audit depends on; two audits are compared where all but the checkpoint agrees."""
+    from calibrate.audit.record import SCHEMA
+
     options = {
+        "schema": SCHEMA,  # an audit of an older format is made again, beside it
         **identity(checkpoint),
         "target": arguments.target,
         "vectors": digest(vectors.recipe),
@@ -177,54 +177,5 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         checkpoint, vectors, texts["stories"], texts["deflection"], texts["neutral"], read.felt, arguments.target,
         partial / "states",
     )  # fmt: skip
-    more = _more(arguments, checkpoint, vectors, texts, partial) if arguments.full else {}
+    more = full.read(arguments, checkpoint, vectors, texts, reference, partial) if arguments.full else {}
     return Record(checkpoint.name, arguments.target, vectors, read, made, neutral, asked, found, more, options)
-
-
-def _more(arguments, checkpoint, vectors, texts: dict[str, Any], partial: Path) -> dict[str, Any]:
-    """What only a full audit has: behaviour by execution, preferences, dose-response; each kept when done."""
-    from calibrate.audit import agents, dose, preferences, rollouts
-    from calibrate.corpora import spread
-    from calibrate.corpora.situations import Activity, load
-
-    partial.mkdir(parents=True, exist_ok=True)
-    tasks = spread(rollouts.load_tasks(), arguments.max_rows)
-    settings = agents.Settings(max_new_tokens=arguments.max_new_tokens)
-    played = agents.play(checkpoint, tasks, settings, partial / "rollouts.jsonl")
-    activities = spread(load(Activity), arguments.max_rows)
-    liked = _kept(partial / "preferences.json", lambda: _preferences(checkpoint, vectors, activities, preferences))
-    curves = []
-    concepts = [name for name in (arguments.target, *DOSED) if name in vectors.concepts]
-    dialogues = texts["dialogues"][:12]
-    for name, direction in dose.directions(vectors, concepts, len(concepts), seed=0).items():
-
-        def curve(name=name, direction=direction):
-            return dose.plain(dose.measure(checkpoint, vectors, name, direction, texts["pairs"], dialogues))
-
-        curves.append(_kept(partial / f"dose-{name.replace(' ', '-')}.json", curve))
-    return {"rollouts": played, "preferences": liked, "dose": curves}
-
-
-def _preferences(checkpoint, vectors, activities, preferences) -> dict[str, Any]:
-    """Elo of the activities, and how the readings on them go with it."""
-    from calibrate.audit import situations
-
-    found = preferences.ask(checkpoint, activities)
-    rows = [situations.Text(a.id, "chats", a.category, [{"role": "user", "content": a.text}]) for a in activities]
-    readings = situations.read(checkpoint, vectors, rows).readings[:, situations.PLACES.index("user")]
-    associations = preferences.associations(vectors.concepts, readings, found.elo)
-    return {
-        "activities": [a.id for a in activities],
-        "elo": found.elo.tolist(),
-        "first": found.first,
-        "associations": [a._asdict() for a in associations],
-    }
-
-
-def _kept(path: Path, make: Callable[[], Any]) -> Any:
-    """The content of a JSON file, made where it is missing."""
-    if not path.is_file():
-        aside = path.with_name(f"{path.name}.aside")
-        aside.write_text(json.dumps(make()), encoding="utf-8")
-        os.replace(aside, path)
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from calibrate.audit.record import Record
 from calibrate.audit.verdict import Verdict, load_rule
 from calibrate.report import figures
 
-SCHEMA = 2
+SCHEMA = 3
 HEAT_LIMIT = 4.0  # sigma at which the heat map's colour is full; the scale is fixed, so that before and after compare
 CLAIMS = {  # what a reader would claim: the figures that speak to it, in one unit each
     "The reading fell, and only where tests fail (sigma)": (
@@ -21,6 +21,9 @@ CLAIMS = {  # what a reader would claim: the figures that speak to it, in one un
     ),
     "Readers that training never saw agree (sigma)": (
         "contrast_held_out", "fall_held_out", "fall_own", "fall_neighbours", "fall_deflection", "rise_valence",
+    ),
+    "In the replies it is the state that changed, not the text alone (sigma)": (
+        "fall_written", "fall_text", "fall_state",
     ),
     "It was not hidden or moved (ratios; 1 and 0 are ideal as named)": (
         "specificity", "agreement", "evasion", "evasion_over_none", "evasion_stories", "evasion_logistic",
@@ -97,7 +100,9 @@ def to_json(verdict: Verdict, before: Record, after: Record, change: Change, con
             name: _plain(situations.summarise(record.situations, vectors.concepts))
             for name, record in (("before", before), ("after", after))
         },
-        "full": {name: _full(record) for name, record in (("before", before), ("after", after)) if record.more},
+        "full": {
+            name: _full(record) for name, record in (("before", before), ("after", after)) if "rollouts" in record.more
+        },
         "readings": {"before": before.summary(), "after": after.summary()},
         "audits": {"before": before.options, "after": after.options},
     }
@@ -127,6 +132,7 @@ def _full(record: Record) -> dict:
             "associations": strongest,
         },
         "dose": record.more["dose"],
+        "crossing": record.more["crossing"],
     }
 
 
