@@ -1,0 +1,154 @@
+"""What a folder of results was made from, so that nothing else is ever mixed into it; and whether it is complete."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from data_curation.documents import ROW, ShardReader, place
+from data_curation.inputs import Shard, digest
+from data_curation.writing import key_hash, write_json
+
+FORMAT = 1
+MANIFEST, SHARDS, STATE = "run.json", "shards.json", "state"
+SHOWN = 60  # characters of a value in a message
+AT_ONCE = 1 << 20  # hashes of ids in memory
+
+
+def open_run(out: Path, kind: str, made_from: dict[str, Any], shards: list[Shard], fresh: bool = False) -> None:
+    """Makes a folder of results, or finds the one that was begun with exactly this.
+
+    Raises:
+        ValueError: the folder holds something else, or was begun with another input, scorer or option.
+    """
+    made_from = json.loads(json.dumps({"kind": kind, "format": FORMAT, **made_from, "shards": len(shards)}))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out takes a folder")
+    if (out / MANIFEST).is_file():
+        before = load(out)
+        changed = sorted(key for key in before["made_from"] | made_from if _value(before, key) != made_from.get(key))
+        if not changed:
+            return
+        if not fresh:
+            told = "; ".join(_told(key, _value(before, key), made_from.get(key)) for key in changed[:3])
+            raise ValueError(f"{out} was begun otherwise: {told}; take another --out, or --fresh to replace it")
+        for part in before["parts"]:
+            shutil.rmtree(out / part, ignore_errors=True)
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds other files and is no run of `curate`; name a new folder")
+    parts = [STATE, "scores", "columns", "weights", "documents", "kept", "dropped", "tagged", "cooldown"]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SHARDS, shards)
+    write_json(out / MANIFEST, {"made_from": made_from, "parts": parts, "complete": False})
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of results."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{folder} is no folder of results of `curate`: it holds no {MANIFEST}") from error
+
+
+def load_complete(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a finished run of one kind, whose input is still as it was."""
+    manifest = load(folder)
+    if (found := manifest["made_from"]["kind"]) != kind:
+        raise ValueError(f"{folder} is the result of `curate {found}`, and of `curate {kind}` is wanted")
+    if not manifest["complete"]:
+        raise ValueError(f"{folder} is not complete; run its `curate {kind}` again, it goes on where it stopped")
+    for path, before in manifest["made_from"]["input"].items():
+        if not Path(path).is_file() or digest(path) != before:
+            raise ValueError(f"{path} is not as it was when it was scored; score the input again")
+    return manifest
+
+
+def load_shards(folder: Path) -> list[Shard]:
+    return [Shard(*values) for values in json.loads((folder / SHARDS).read_text(encoding="utf-8"))]
+
+
+def finish(out: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """Marks a folder of results as complete."""
+    manifest = load(out) | {"complete": True, "figures": figures}
+    write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+def _value(manifest: dict[str, Any], key: str) -> Any:
+    return manifest["made_from"].get(key)
+
+
+def _told(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        files = sorted(path for path in before | now if before.get(path) != now.get(path))
+        return f"{key}: {len(files)} changed, such as {files[0]}"
+    before, now = (text if len(text := str(value)) <= SHOWN else text[:SHOWN] + "..." for value in (before, now))
+    return f"{key} was {before} and is {now}"
+
+
+def totals(
+    state: Path, shards: list[Shard], out: Path, folders: dict[str, str], whole: bool = False
+) -> dict[str, int]:
+    """Counts of a stage over all shards, after every output was found to hold what its record says.
+
+    Args:
+        folders: output folder -> the count that its parquet files must hold.
+        whole: every row of the files was to be read, not those with a score only.
+    """
+    sums: dict[str, int] = {}
+    for rank, shard in enumerate(shards):
+        record = json.loads((state / "records" / f"{rank:05d}.json").read_text(encoding="utf-8"))
+        stats = json.loads((state / "stats" / f"{rank:05d}.json").read_text(encoding="utf-8"))
+        counts = record["counts"] | {"set_aside": len(record["faults"])}
+        read = stats[0]["stats"].get("documents", 0)
+        read = read if isinstance(read, int) else read["total"]
+        if (whole and shard.rows not in (None, read)) or (counts["rows"] + counts["set_aside"] != read):
+            wrong = f"{shard.rows} rows in the file, {read} read, {counts['rows']} written"
+            raise ValueError(f"{shard.path} ({shard.name}): {wrong}, {counts['set_aside']} set aside; report this")
+        for folder, counted in folders.items():
+            path = out / folder / f"{shard.name}.parquet"
+            if counts.get(counted) and pq.read_metadata(path).num_rows != counts[counted]:
+                raise ValueError(f"{path} does not hold {counts[counted]} rows; remove it and run again")
+        for key, value in counts.items():
+            sums[key] = sums.get(key, 0) + value
+    return sums
+
+
+def faults(state: Path, shards: list[Shard]) -> list[dict[str, Any]]:
+    """The rows that were set aside, in input order."""
+    records = (json.loads((state / "records" / f"{i:05d}.json").read_text()) for i in range(len(shards)))
+    return [fault for record in records for fault in record["faults"]]
+
+
+def repeated_id(state: Path, reader: ShardReader) -> str | None:
+    """One line about an id that occurs twice. Reads sorted hashes range by range, so that memory stays flat."""
+    files = [state / "ids" / f"{rank:05d}.bin" for rank in range(len(reader.shards))]
+    maps = [np.memmap(file, dtype=np.uint64, mode="r") for file in files if file.stat().st_size]
+    parts = 1 + sum(len(hashes) for hashes in maps) // AT_ONCE
+    edges = [np.uint64(min(2**64 * i // parts, 2**64 - 1)) for i in range(parts + 1)]
+    for i, (low, high) in enumerate(pairwise(edges)):
+        last = i == parts - 1  # the topmost hash belongs to the last range
+        ranges = [(hashes, *np.searchsorted(hashes, [low, high])) for hashes in maps]
+        merged = np.sort(np.concatenate([h[a : len(h) if last else b] for h, a, b in ranges] or [np.zeros(0)]))
+        twice = merged[1:][merged[1:] == merged[:-1]]
+        if len(twice) and (found := _where(reader, {int(value) for value in twice[:1000]})):
+            return found
+    return None
+
+
+def _where(reader: ShardReader, hashes: set[int]) -> str | None:
+    """Reads the input again to name the rows; None where ids only share a hash."""
+    places: dict[str, str] = {}
+    reader.set_aside = True
+    for rank, shard in enumerate(reader.shards):
+        for document in reader.run(None, rank, len(reader.shards)):
+            if document.id and key_hash(document.id) in hashes:
+                here = place(shard, document.metadata[ROW])
+                if document.id in places:
+                    return f"{here}: the id {document.id!r} is that of {places[document.id]} too"
+                places[document.id] = here
+    return None
