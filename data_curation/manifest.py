@@ -13,7 +13,7 @@ from data_curation.documents import ROW, ShardReader, place
 from data_curation.inputs import Shard, digest
 from data_curation.writing import key_hash, write_json
 
-FORMAT = 1
+LAYOUT = 1
 MANIFEST, SHARDS, STATE = "run.json", "shards.json", "state"
 SHOWN = 60  # characters of a value in a message
 AT_ONCE = 1 << 20  # hashes of ids in memory
@@ -25,7 +25,7 @@ def open_run(out: Path, kind: str, made_from: dict[str, Any], shards: list[Shard
     Raises:
         ValueError: the folder holds something else, or was begun with another input, scorer or option.
     """
-    made_from = json.loads(json.dumps({"kind": kind, "format": FORMAT, **made_from, "shards": len(shards)}))
+    made_from = json.loads(json.dumps({"kind": kind, "layout": LAYOUT, **made_from, "shards": len(shards)}))
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out takes a folder")
     if (out / MANIFEST).is_file():

@@ -193,7 +193,7 @@ def _documents(
         raise ValueError(f"{scores.folder} holds {rows} scores, and {sums['rows']} documents were read; score again")
     if kind != "reweight" and sums["rows"] != sum(sums.get(name, 0) for name in FOLDERS[kind]):
         raise ValueError(f"{out}: of {sums['rows']} documents some were neither kept nor dropped; report this")
-    return manifest.finish(out, sums | (figures or {}))
+    return manifest.finish(out, sums | ({"fit": figures} if figures else {}))
 
 
 FOLDERS = {"filter": ("kept", "dropped"), "tag": ("tagged", "cooldown"), "reweight": ("documents", "dropped")}
@@ -239,7 +239,7 @@ def reweight(
     if not run([*steps, writer], scores.shards, out, "reweight", config):
         return None
     sums = manifest.totals(state, scores.shards, out, {"weights": "rows"})
-    return manifest.finish(out, sums | fit.figures)
+    return manifest.finish(out, sums | {"fit": fit.figures})
 
 
 def pick_columns(scores: Scores, out: Path, columns: tuple[str, ...], config: Config) -> bool:

@@ -146,7 +146,7 @@ def divergence(cells: np.ndarray, mass: np.ndarray, weighted: np.ndarray) -> flo
     before = np.bincount(place, mass) / mass.sum()
     after = np.bincount(place, weighted) / weighted.sum()
     kept = after > 0
-    return float((after[kept] * np.log(after[kept] / before[kept])).sum())
+    return max(0.0, float((after[kept] * np.log(after[kept] / before[kept])).sum()))
 
 
 def effective(weights: np.ndarray) -> float:

@@ -106,6 +106,8 @@ class ShardWriter(PipelineStep):
             if self.sidecar:
                 self.hashes.append(key_hash(document.id))
                 files[self.sidecar[0]].add({"id": document.id, **document.metadata})
+            if document.metadata.get("holds_token"):
+                self._count("holds_token")
             for place in self.route(document) if self.route else ():
                 if place not in files:
                     files[place] = _documents(Path(self.out) / place, shard, self.added)
