@@ -1,5 +1,6 @@
 """Windows of a document, and tier 1's features: words and pairs of neighbours, each with a weight for every head."""
 
+import itertools
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -28,7 +29,7 @@ def cut(text: str, start: int, end: int, count: int) -> list[tuple[int, int]]:
         space = SPACE.search(text, aim, min(end, aim + 100))
         edges.append(space.start() if space else aim)
     edges.append(end)
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def tokens(text: str) -> list[str]:
@@ -71,7 +72,7 @@ def build(texts: list[str]) -> tuple[Vocabulary, np.ndarray]:
     single = Counter(word for words in lists for word in set(words))
     kept = sorted(word for word, count in single.items() if count >= MIN_DOCUMENTS)
     index = {word: row for row, word in enumerate(kept)}
-    double = Counter(pair for words in lists for pair in set(zip(words, words[1:], strict=False)))
+    double = Counter(pair for words in lists for pair in set(itertools.pairwise(words)))
     keys = {
         index[a] * (len(kept) + 1) + index[b]: count
         for (a, b), count in double.items()

@@ -1,5 +1,6 @@
 """Tier 2's reading: windows of text -> pooled residual states of a causal language model."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -36,5 +37,26 @@ def _pool(hidden: torch.Tensor, length: int) -> torch.Tensor:
     text = hidden[:, min(activations.SINK_TOKENS, length - 1) : length]
     count = text.shape[1]
     edges = [0, max(1, count // 3), max(1, 2 * count // 3), count]
-    thirds = [text[:, min(a, count - 1) : max(b, a + 1)].mean(1) for a, b in zip(edges, edges[1:], strict=False)]
+    thirds = [text[:, min(a, count - 1) : max(b, a + 1)].mean(1) for a, b in itertools.pairwise(edges)]
     return torch.stack([text.mean(1), *thirds, text.std(1, correction=0), text[:, -1], hidden[:, -1]])
+
+
+def select(states: np.ndarray, settings: dict[str, Any], part: str | None = None) -> np.ndarray:
+    """The numbers that the heads weigh, [reads * hidden], of the states [pools, layers, hidden] of one window.
+
+    `settings["reads"]` lists (pool, layer). With `part`, the mean over the window is that over this third of it.
+    """
+    at = {layer: row for row, layer in enumerate(settings["layers"])}
+    pools = [part if part and pool == "mean" else pool for pool, _ in settings["reads"]]
+    rows = [states[POOLS.index(pool), at[layer]] for pool, (_, layer) in zip(pools, settings["reads"], strict=True)]
+    return np.concatenate(rows)
+
+
+def emotions(states: np.ndarray, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Readings of the emotions in sigma of neutral text, mean over the vectors' reading layers, float64 [emotions].
+
+    `tensors` hold the neutral mean [layers, hidden] and the directions over sigma [emotions, layers, hidden].
+    """
+    rows = [settings["layers"].index(layer) for layer in settings["emotion_layers"]]
+    centred = states[POOLS.index("mean"), rows].astype(np.float64) - tensors["neutral"]
+    return np.array([(centred * direction).sum() for direction in tensors["directions"]]) / len(rows)
