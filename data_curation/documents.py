@@ -75,7 +75,7 @@ class ShardReader(PipelineStep):
         if isinstance(values, str):
             return Document("", "", metadata={FAULT: values})
         text: Any = values.get(self.text_column)
-        key = values.get(self.id_column) if self.id_column else f"{Path(shard.path).name}:{position}"
+        key = values.get(self.id_column) if self.id_column else f"{shard.file}:{position}"
         if fault := self._fault(values, text, key):
             return Document("", "", metadata={FAULT: fault})
         kept = values if self.columns is None else {name: values.get(name) for name in self.columns}

@@ -29,6 +29,7 @@ class Shard(NamedTuple):
     """A range of one file, and where it stands in what the user gave."""
 
     name: str  # of its outputs, without an ending
+    file: str  # below what the user named
     path: str
     kind: str  # parquet, jsonl, arrow (a stream file of `datasets`)
     start: int  # first row group, byte or record batch
@@ -58,7 +59,7 @@ def find(source: str, shard_bytes: int, split: str | None = None) -> Source:
         stem = _stem(name) if names[_stem(name)] == 1 else name
         for number, (start, stop, first, rows) in enumerate(ranges):
             part = f"{stem}.{number:05d}" if len(ranges) > 1 else stem
-            shards.append(Shard(part, path, kind, start, stop, first, rows))
+            shards.append(Shard(part, name, path, kind, start, stop, first, rows))
     packed = [shard for shard in shards if shard.path.endswith((".gz", ".zst"))]
     if large := [shard.path for shard in packed if os.path.getsize(shard.path) > shard_bytes]:
         logger.warning("compressed JSONL cannot be split, each file is one task: %s (%d such)", large[0], len(large))

@@ -77,7 +77,7 @@ def run(steps: list[Any], shards: list[Shard], out: Path, stage: str, config: Co
         Incomplete: some shards failed; the others are complete and stay.
     """
     state = out / "state" / stage
-    _forget(state, steps[-1], out if config.executor == "local" else None)
+    _forget(state, steps[-1])
     executor = _executor(steps, len(shards), state, config)
     if executor.get_incomplete_ranks(range(len(shards))):
         shutil.rmtree(state / "failures", ignore_errors=True)
@@ -111,14 +111,18 @@ def failure(state: Path, shards: list[Shard], rank: int) -> str:
         return f"{shards[rank].path} ({shards[rank].name}): ended without a word, killed or out of memory"
 
 
-def _forget(state: Path, writer: ShardWriter, out: Path | None) -> None:
-    """Takes back the completion of shards whose record or file has gone; removes what a kill left half-written."""
+def _forget(state: Path, writer: ShardWriter) -> None:
+    """Takes back the completion of shards whose record or file has gone."""
     for marker in (state / "completions").glob("*"):
         rank = int(marker.name)
         expected = [state / "records" / f"{rank:05d}.json", *writer.outputs(rank)]
         if not all(path.is_file() for path in expected):
             marker.unlink()
-    for partial in out.rglob(".*.partial") if out else ():  # on a cluster others may be writing now
+
+
+def _sweep(out: Path) -> None:
+    """Removes what a kill left half-written; on a cluster others may be writing now, so this is for one machine."""
+    for partial in out.rglob(".*.partial"):
         partial.unlink(missing_ok=True)
 
 
@@ -165,7 +169,10 @@ def _launch(executor, config: Config) -> bool:
         finally:
             ray.shutdown()
         return False
+    out = Path(executor.logging_dir.path).parent.parent
+    _sweep(out)
     executor.run()
+    _sweep(out)
     return False
 
 
@@ -188,7 +195,9 @@ class LocalExecutor(LocalPipelineExecutor):
     def _drain(self, queue: deque[int], workers: int, done: Callable) -> list[int]:
         """Works off the queue; when a worker dies, returns the shards that were in work."""
         running: dict = {}
-        with ProcessPoolExecutor(workers, get_context("spawn"), _start, (self,)) as pool:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["data_curation.runs"])  # imported once, not in every worker
+        with ProcessPoolExecutor(workers, context, _start, (self,)) as pool:
             while queue or running:
                 while queue and len(running) < workers:
                     try:

@@ -46,6 +46,8 @@ def score(
     Raises:
         ValueError: what cannot be read, written or mixed; one line for each row or file.
     """
+    if shard_mb < 1 or max_characters < 1:
+        raise ValueError(f"`--shard-mb` {shard_mb} and `--max-characters` {max_characters} are at least 1")
     found = find(source, shard_mb << 20, split)
     if found.columns and text_column not in found.columns:
         first = found.shards[0].path
