@@ -149,3 +149,50 @@ def explained(score: np.ndarray, groups: np.ndarray) -> float:
 def kept(regulation: np.ndarray, null: np.ndarray, chosen: np.ndarray, threshold: float) -> Interval:
     """Share of the chosen passages that are null or reach the threshold, with its Wilson interval."""
     return stats.wilson((null | (regulation >= threshold))[chosen])
+
+
+class Figure(NamedTuple):
+    """One line of an evaluation; low and high are nan where no interval is made."""
+
+    name: str
+    estimate: float
+    low: float = float("nan")
+    high: float = float("nan")
+    note: str = ""
+
+    def line(self) -> str:
+        """The figure as a row of a Markdown table."""
+        interval = "" if np.isnan(self.low) else f"{self.low:.2f} to {self.high:.2f}"
+        return f"| {self.name} | {self.estimate:.3f} | {interval} | {self.note} |"
+
+
+HEADER = "| figure | value | 95 % interval | note |\n|---|---|---|---|"
+
+
+def figures(score: np.ndarray, null: np.ndarray, threshold: float, labels: Labelled) -> list[Figure]:
+    """What one set of scores reaches on labelled passages; figures whose cells or labels are missing are left out.
+
+    Args:
+        score: regulation of every passage, 0 to 1, also of those that are read as null.
+        null: bool, which of them the scorer gives no regulation.
+    """
+    found = [Figure("AUC, high cells over low", *separation(score, labels), "by writer")] if labels.low.any() else []
+    for name, value in list(pairwise(score, labels).items())[:1]:
+        found.append(Figure("lowest AUC of a pair of cells", value, note=name.replace("_", " ")))
+    found.append(Figure("Spearman with graded labels", *agreement(score, labels), "by writer"))
+    known = ~np.isnan(labels.regulation)
+    found.append(Figure("quadratic weighted kappa", weighted_kappa(score[known], labels.regulation[known])))
+    error = calibration_error(score[known], labels.regulation[known])
+    found.append(Figure("calibration error", error, note=f"{BINS} bins of equal mass, debiased"))
+    if not np.isnan(labels.valence).any() and labels.low.any() and labels.high.any():
+        found += [Figure(f"with VADER, {name}", value) for name, value in with_valence(score, labels).items()]
+    for cell, name in (("grief_processed", "grief kept"), ("described", "described kept")):
+        if (chosen := labels.cells == cell).any():
+            found.append(Figure(name, *kept(score, null, chosen, threshold), f"from {threshold:g}; Wilson"))
+    if (chosen := labels.cells == "toxic_positivity").any():
+        found.append(Figure("toxic positivity rejected", *stats.wilson(1.0 - (null | (score >= threshold))[chosen])))
+    if known.any() and not known.all():
+        found.append(Figure("null found", *stats.wilson(null[~known]), "of passages labelled null"))
+        found.append(Figure("null where there is a label", *stats.wilson(null[known])))
+    found.append(Figure("R2 of the writer's world", explained(score[known], labels.sources[known]), note="adjusted"))
+    return found

@@ -127,19 +127,21 @@ class SecondTier:
     def __init__(self, tier: Tier, tensors: dict[str, np.ndarray], checkpoint):
         self.tier, self.tensors, self.checkpoint = tier, tensors, checkpoint
 
-    def read(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray | None]:
         """Raw numbers [windows, 1 + PARTS, heads], and emotions in sigma of neutral text [windows, emotions]."""
         from data_curation import reader
 
-        settings, raw, emotions = self.tier.settings, [], []
+        settings, raw = self.tier.settings, []
+        emotions = [] if settings["emotion_layers"] else None
         for start, end in spans:
             states = reader.read(self.checkpoint, [text[start:end]], settings["layers"])[0]
             wholes = [reader.select(states, settings, part) for part in (None, "first", "middle", "last")]
             scaled = [(whole - self.tensors["mean"]) / self.tensors["scale"] for whole in wholes]
             # One window at a time: the last bits of a product of matrices depend on how many rows it has.
             raw.append(np.stack([row @ self.tier.weights for row in scaled]) + self.tier.bias)
-            emotions.append(reader.emotions(states, settings, self.tensors))
-        return np.stack(raw).astype(np.float32), np.stack(emotions).astype(np.float32)
+            if emotions is not None:
+                emotions.append(reader.emotions(states, settings, self.tensors))
+        return np.stack(raw).astype(np.float32), None if emotions is None else np.stack(emotions).astype(np.float32)
 
 
 def _second(folder: Path, config: dict[str, Any], model: str | None, digest) -> SecondTier:
@@ -258,9 +260,8 @@ def _window(start: int, end: int, regulation: float | None, affect: float) -> di
 
 
 def _nothing(tier: Tier, score: dict[str, np.ndarray]) -> np.ndarray:
-    """Which windows have nothing to regulate: all gating facets are low."""
-    gates = {name: value for name, value in tier.settings["gates"].items() if name in score}
-    low = [score[name] < value for name, value in gates.items()]
+    """Which windows have nothing to regulate: all gating facets are low. None where the scorer has no gates."""
+    low = [score[name] < gate for name, gate in tier.settings["gates"].items()]
     return np.logical_and.reduce(low) if low else np.zeros(len(score["regulation"]), bool)
 
 

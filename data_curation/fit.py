@@ -1,0 +1,287 @@
+"""`curate fit`: fits both tiers on labelled passages, by cross-validation over writers, and writes their folder."""
+
+# ruff: noqa: T201 -- a command: it prints its evaluation
+
+import argparse
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from data_curation import evaluation, features, ridge
+from data_curation.facets import LOW, STANCES
+from data_curation.label import read_rows
+from data_curation.scorer import EMOTIONS, FORMAT, GATES, Head
+
+PENALTIES = [0.1, 0.3, 1.0, 3.0]
+DEPTHS = (0.36, 0.43, 0.5, 0.53, 0.6, 0.67, 0.73, 0.77, 0.86)  # where a layer for tier 2 is looked for
+THIRDS = ("first", "middle", "last")
+FALSE_NULLS = 0.02  # of the passages with a score, at most so many are read as having nothing to regulate
+GRIEF_KEPT, TOXIC_REJECTED = 0.95, 0.9  # what the threshold aims at
+ESCALATED = 0.97  # of the passages with a score, so many reach tier 2 in `auto`
+
+
+class Fitted(NamedTuple):
+    """A tier's cross-validated numbers, its choice, and what its folder holds."""
+
+    raw: np.ndarray  # [rows, heads], cross-validated
+    scores: dict[str, np.ndarray]  # by head, 0 to 1, cross-validated and cross-calibrated
+    null: np.ndarray  # bool: nothing to regulate
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    features: ridge.Features
+    penalty: float
+
+
+def fit(
+    rows: list[dict[str, Any]],
+    out: Path,
+    model: str | None = "default",
+    vectors: str | None = "default",
+    states: Path | None = None,
+) -> dict[int, Fitted]:
+    """Fits tier 1, and with `model` tier 2, and writes OUT/scorer.json and safetensors; returns both by number.
+
+    Args:
+        rows: labelled passages (`id`, `text`, `regulation`, some or all of the facets; `writer`, `event`, `pair` and
+            `stance` where they are known).
+        vectors: emotion vectors of `model`, for the emotion columns; None leaves these null.
+        states: folder to keep the passages' states in, so that a later call need not read them again.
+
+    Raises:
+        ValueError: a bad label, too few writers and events, or `out` holds something else.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "scorer.json").is_file():
+        raise ValueError(f"{out} exists and holds no scorer; choose another `--out`")
+    wanted = ridge.targets(rows)
+    tiers = {1: first_tier(rows, wanted)}
+    if model is not None:
+        tiers[2] = second_tier(rows, wanted, model, vectors, states)
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    config = {"format": FORMAT, "labels": {"rows": len(rows), "sha256": digest}}
+    config |= {f"tier{number}": tier.config for number, tier in tiers.items()}
+    _write(out, config, tiers)
+    return tiers
+
+
+def first_tier(rows: list[dict[str, Any]], wanted: ridge.Targets) -> Fitted:
+    """Tier 1; its vocabulary is that of the rows fitted on, in every fold anew."""
+    texts = [row["text"] for row in rows]
+
+    def values(chosen: np.ndarray) -> np.ndarray:
+        vocabulary, idf = features.build([texts[row] for row in chosen])
+        return features.matrix(vocabulary, idf, texts)
+
+    vocabulary, idf = features.build(texts)
+    tensors = {"pairs": vocabulary.pairs, "idf": idf.astype(np.float16)}
+    return _tier(values, wanted, rows, {"words": " ".join(vocabulary.words)}, tensors)
+
+
+def second_tier(
+    rows: list[dict[str, Any]], wanted: ridge.Targets, model: str, vectors: str | None, folder: Path | None
+) -> Fitted:
+    """Tier 2; the layer is the one whose cross-validated regulation agrees best with the labels."""
+    from calibrate import models
+    from calibrate.vectors import load_vectors
+    from data_curation import reader
+
+    checkpoint = models.load(model)
+    text = models.text_config(checkpoint.model)
+    layers, emotional, tensors = candidate_layers(text.num_hidden_layers), [], {}
+    if vectors is not None:
+        directions = load_vectors(vectors)
+        directions.check(text.hidden_size, text.num_hidden_layers, checkpoint.weight_hash, model)
+        emotional, tensors = directions.reading_layers(), reader.emotion_tensors(directions, EMOTIONS)
+    states = reader.cached(checkpoint, [row["text"] for row in rows], sorted({*layers, *emotional}), folder)
+    tried = {}
+    for layer in layers:
+        raw = ridge.cross_validate(_scaled(states, [layer]), wanted, [1.0])[0]
+        tried[layer] = _quality(raw, wanted)
+    layer = max(tried, key=lambda layer: tried[layer])
+    used = sorted({layer, *emotional})
+    settings: dict[str, Any] = {
+        "model": model,
+        "weight_hash": checkpoint.weight_hash,
+        "layers": used,
+        "emotion_layers": emotional,
+    }
+    settings |= {"shape": [text.hidden_size, text.num_hidden_layers], "reads": [[third, layer] for third in THIRDS]}
+    settings |= {"layers_tried": tried, "vectors": vectors}
+    fitted = _tier(_scaled(states, [layer]), wanted, rows, settings, tensors)
+    whole = _together(states, [layer])
+    fitted.tensors.update(mean=whole.mean(0), scale=_spread(whole))
+    return fitted
+
+
+def candidate_layers(depth: int) -> list[int]:
+    """The layers nearest to `DEPTHS`."""
+    return sorted({min(max(round(share * depth) - 1, 0), depth - 1) for share in DEPTHS})
+
+
+def _together(states: dict[tuple[str, int], np.ndarray], layers: list[int]) -> np.ndarray:
+    return np.concatenate([states[third, layer] for layer in layers for third in THIRDS], 1)
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Standard deviations times the root of the number of columns, so that a kernel's diagonal is about one."""
+    return ((values.std(0) + 1e-6) * np.sqrt(values.shape[1])).astype(np.float32)
+
+
+def _scaled(states: dict[tuple[str, int], np.ndarray], layers: list[int]) -> ridge.Features:
+    values = _together(states, layers)
+
+    def scaled(chosen: np.ndarray) -> np.ndarray:
+        return (values - values[chosen].mean(0)) / _spread(values[chosen])
+
+    return scaled
+
+
+def _quality(raw: np.ndarray, wanted: ridge.Targets) -> float:
+    """Spearman with the labels: regulation, and the mean over the facets, half each."""
+    known = ~np.isnan(wanted.labels[:, 0])
+    facets = [evaluation.spearman(raw[:, at], wanted.labels[:, at]) for at in range(1, raw.shape[1])]
+    return float(evaluation.spearman(raw[known, 0], wanted.labels[known, 0]) + np.nanmean(facets)) / 2
+
+
+def _tier(
+    values: ridge.Features, wanted: ridge.Targets, rows: list[dict[str, Any]], settings: dict[str, Any], tensors: dict
+) -> Fitted:
+    """Chooses the penalty, calibrates on cross-validated numbers, sets gates and threshold, and fits on all rows."""
+    tried = ridge.cross_validate(values, wanted, PENALTIES)
+    best = max(range(len(PENALTIES)), key=lambda index: _quality(tried[index], wanted))
+    raw, penalty = tried[best], PENALTIES[best]
+    labels, folds = wanted.labels, wanted.folds
+    known = ~np.isnan(labels[:, 0])
+    heads: dict[str, Head] = {}
+    scores: dict[str, np.ndarray] = {}
+    for at, name in enumerate(wanted.names[: -len(STANCES)]):
+        chosen = ~np.isnan(labels[:, at])
+        heads[name] = ridge.calibrate(raw[chosen, at], labels[chosen, at])
+        scores[name] = ridge.cross_calibrated(raw[:, at], labels[:, at], folds)
+    gates = choose_gates({name: scores[name] for name in GATES if name in scores}, ~known)
+    null = nothing(scores, gates)
+    settings = settings | {"penalty": penalty, "gates": gates}
+    settings["threshold"] = choose_threshold(scores["regulation"], null, np.array([row.get("cell") for row in rows]))
+    settings["escalate"] = choose_escalation(scores, gates, known)
+    everything = np.arange(len(rows))
+    whole = values(everything).astype(np.float64)
+    dual, constant = ridge.heads(whole @ whole.T, wanted, everything, penalty)
+    tensors |= {"weights": (whole.T @ dual).astype(np.float32), "bias": constant.astype(np.float32)}
+    config = {"names": wanted.names, "heads": {name: head._asdict() for name, head in heads.items()}}
+    return Fitted(raw, scores, null, config | {"settings": settings}, tensors, values, penalty)
+
+
+def nothing(scores: dict[str, np.ndarray], gates: dict[str, float]) -> np.ndarray:
+    """Where all gating facets are low; nowhere, if `affect_present` is not among them."""
+    if "affect_present" not in gates:
+        return np.zeros(len(scores["regulation"]), bool)
+    return np.logical_and.reduce([scores[name] < gate for name, gate in gates.items()])
+
+
+def choose_gates(scores: dict[str, np.ndarray], null: np.ndarray) -> dict[str, float]:
+    """Gates that find the most null passages while at most `FALSE_NULLS` of the others fall under all of them.
+
+    Among gates that find as many, to a hundredth, the lowest: what is corner cutting is not to pass for nothing.
+    """
+    if "affect_present" not in scores:
+        return {}
+    grids = [np.quantile(values, np.linspace(0.05, 0.95, 19)) for values in scores.values()]
+    best = (-1.0,) * (2 + len(scores))  # below every score: nothing is null
+    for gates in itertools.product(*grids):
+        low = np.logical_and.reduce([values < gate for values, gate in zip(scores.values(), gates, strict=True)])
+        if low[~null].mean() <= FALSE_NULLS:
+            found = round(float(low[null].mean()), 2) if null.any() else 0.0
+            best = max(best, (found, -float(sum(gates)), *map(float, gates)))
+    return dict(zip(scores, best[2:], strict=True))
+
+
+def choose_threshold(score: np.ndarray, null: np.ndarray, cells: np.ndarray) -> float:
+    """The score from which a document is kept: as far above `GRIEF_KEPT` as `TOXIC_REJECTED`; 0.5 without both."""
+    grief, toxic = cells == "grief_processed", cells == "toxic_positivity"
+    if not grief.any() or not toxic.any():
+        return 0.5
+    tried = np.linspace(0.2, 0.8, 121)
+    stays = [null | (score >= at) for at in tried]
+    kept = [min(stay[grief].mean() - GRIEF_KEPT, 1 - stay[toxic].mean() - TOXIC_REJECTED) for stay in stays]
+    best = np.flatnonzero(np.isclose(kept, max(kept)))
+    return float(round(tried[best[len(best) // 2]], 3))
+
+
+def choose_escalation(scores: dict[str, np.ndarray], gates: dict[str, float], known: np.ndarray) -> dict[str, float]:
+    """Scores of the gating facets from which `auto` asks tier 2; never above the gates: it sees every doubt."""
+    if not gates:
+        return {}
+    low = float(np.quantile(scores["affect_present"][known], 1 - ESCALATED))
+    return gates | {"affect_present": min(low, gates["affect_present"])}
+
+
+def _write(out: Path, config: dict[str, Any], tiers: dict[int, Fitted]) -> None:
+    """Writes the folder aside and renames it: whole or absent."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}-", dir=out.parent) as aside:
+        whole = Path(aside) / out.name
+        whole.mkdir()
+        for number, tier in tiers.items():
+            tensors = tier.tensors
+            if number == 1:  # thousands of rows: half precision moves a score by less than 0.001
+                tensors = tensors | {"weights": tensors["weights"].astype(np.float16)}
+            save_file(
+                {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+                whole / f"tier{number}.safetensors",
+            )
+        (whole / "scorer.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(whole, out)
+
+
+def evaluate(rows: list[dict[str, Any]], fitted: Fitted) -> list[evaluation.Figure]:
+    """Cross-validated figures of a tier on the rows it was fitted on, and each low cell left out of all fitting."""
+    labels = evaluation.labelled(rows, valence([row["text"] for row in rows]))
+    wanted = ridge.targets(rows)
+    threshold = fitted.config["settings"]["threshold"]
+    found = evaluation.figures(fitted.scores["regulation"], fitted.null, threshold, labels)
+    for cell in [cell for cell in LOW if (labels.cells == cell).any() and labels.high.any()]:
+        left = labels.cells == cell
+        raw = ridge.cross_validate(fitted.features, wanted, [fitted.penalty], left)[0, :, 0]
+        side = labels._replace(cells=np.where(labels.high | left, labels.cells, ""))
+        interval = evaluation.separation(raw, side)
+        found.append(evaluation.Figure(f"AUC without {cell.replace('_', ' ')} in fitting", *interval, "by writer"))
+    return found
+
+
+def valence(texts: list[str]) -> np.ndarray | None:
+    """VADER's compound valence of every text, -1 to 1; None where `vaderSentiment` is not installed."""
+    if importlib.util.find_spec("vaderSentiment") is None:
+        return None
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyser = SentimentIntensityAnalyzer()
+    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
+
+
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    """The options of `curate fit`."""
+    parser.add_argument("labels", type=Path, help='JSONL with "id", "text", "facets" (some or all) and "regulation"')
+    parser.add_argument("--out", type=Path, required=True, help="folder of the scorer, for `curate score --scorer`")
+    parser.add_argument("--model", default="default", help="that tier 2 reads with, or `none` (default: %(default)s)")
+    parser.add_argument("--vectors", default="default", help="of that model, for the emotion columns, or `none`")
+    parser.add_argument("--states", type=Path, help="folder to keep the passages' states in, for another call")
+    parser.set_defaults(run=fit_command)
+
+
+def fit_command(arguments: argparse.Namespace) -> None:
+    """Runs `curate fit` and prints its cross-validated evaluation as Markdown."""
+    rows = list(read_rows(arguments.labels, "facets", "regulation"))
+    model, vectors = (None if name == "none" else name for name in (arguments.model, arguments.vectors))
+    for number, fitted in fit(rows, arguments.out, model, vectors, arguments.states).items():
+        print(f"\nTier {number}, cross-validated on {len(rows)} passages\n\n{evaluation.HEADER}")
+        print("\n".join(figure.line() for figure in evaluate(rows, fitted)))
+    print(f"\nScorer: {arguments.out}")
