@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import Stats
 
 from data_curation.inputs import Shard, lines, lines_before
 
@@ -58,6 +59,7 @@ class ShardReader(PipelineStep):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         if world_size != len(self.shards):
             raise ValueError(f"{len(self.shards)} shards take {len(self.shards)} tasks, not {world_size}")
+        self.stats = Stats(str(self))  # of this shard alone, also where one process reads several
         for document in self._read(rank):
             self.stat_update("documents")
             yield document
@@ -178,6 +180,7 @@ class ScoredReader(ShardReader):
         self.scores = scores  # folder of the sidecar
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        self.stats = Stats(str(self))
         shard = self.shards[rank]
         scored = SidecarReader(self.shards, self.scores).run(None, rank, world_size)
         for document in self._read(rank):
@@ -204,6 +207,7 @@ class SidecarReader(PipelineStep):
         self.shards, self.folder, self.beside = shards, folder, beside
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        self.stats = Stats(str(self))
         files = [Path(folder) / f"{self.shards[rank].name}.parquet" for folder in (self.folder, self.beside) if folder]
         opened = [pq.ParquetFile(file) for file in files]
         wanted = [[name for name in file.schema_arrow.names if name != "windows"] for file in opened]

@@ -55,7 +55,8 @@ def fit_weights(corpus: Corpus, beta: float, floor: float, cap: float) -> Fit:
     z is the regulation minus the mean of its topic, over the deviation within the topic, among documents with a
     score (topics of fewer than 20 take those of the corpus). Each cell of topic x format x quarter of length then
     gets the one scale at which its scored documents weigh as many characters as before, inside floor and cap; cells
-    of fewer than 20 scored documents are scaled together with their topic's other small cells.
+    of fewer than 20 scored documents are scaled together with the other small ones of their topic, and topics of
+    fewer than 20 with one another.
 
     Returns:
         the table, the weights, and the figures: divergence of the mix (KL of the weighted from the input mix of
@@ -109,18 +110,14 @@ def _key(topic: str, form: str, length: int | str) -> str:
 def _cells(corpus: Corpus, cells: np.ndarray, scored: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Names of the cells to be scaled, and for each document the place of its own; -1 where it has no score."""
     present, inverse, counts = np.unique(cells[scored], return_inverse=True, return_counts=True)
-    small: dict[int, int] = {}  # topic -> scored documents in its small cells
-    for cell, count in zip(present, counts, strict=True):
-        if count < FEWEST:
-            topic = int(cell) // (len(corpus.formats) * LENGTH_BINS)
-            small[topic] = small.get(topic, 0) + int(count)
+    enough = np.bincount(corpus.topic[scored], minlength=len(corpus.topics)) >= FEWEST
     keys: dict[str, int] = {}
     places = []
     for cell, count in zip(present, counts, strict=True):
         topic, form = divmod(int(cell) // LENGTH_BINS, len(corpus.formats))
         key = _key(corpus.topics[topic], corpus.formats[form], int(cell) % LENGTH_BINS)
         if count < FEWEST:
-            key = _key(corpus.topics[topic] if small[topic] >= FEWEST else ALL, ALL, ALL)
+            key = _key(corpus.topics[topic] if enough[topic] else ALL, ALL, ALL)
         places.append(keys.setdefault(key, len(keys)))
     owner = np.full(len(cells), -1)
     owner[scored] = np.array(places, dtype=int)[inverse]

@@ -25,10 +25,9 @@ class FakeScorer:
         return [self._one(text) for text in texts]
 
     def _one(self, text: str) -> dict:
-        if found := re.search(r"DIE ONCE (\S+)", text):
-            if (mark := Path(found[1])).exists():
-                mark.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
+        if (found := re.search(r"DIE ONCE (\S+)", text)) and (mark := Path(found[1])).exists():
+            mark.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
         if "DIE ALWAYS" in text:
             os.kill(os.getpid(), signal.SIGKILL)
         if "UNFORESEEN" in text:

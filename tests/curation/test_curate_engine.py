@@ -60,7 +60,8 @@ def test_a_first_none_and_a_late_number_keep_the_type(tmp_path):
     score(tmp_path / "x.jsonl", tmp_path / "out")
     table = pq.read_table(tmp_path / "out/scores/x.parquet")
     assert table.schema.field("regulation").type == pa.float32()
-    assert table["regulation"].to_pylist() == [None, 0.5] and table["id"].to_pylist() == ["1", "2"]
+    assert table["regulation"].to_pylist() == [None, 0.5]
+    assert table["id"].to_pylist() == ["1", "2"]
 
 
 def test_the_same_command_again_does_nothing(corpus, tmp_path):
@@ -95,7 +96,8 @@ def test_another_list_of_files_is_not_mixed_in(corpus, tmp_path):
     with pytest.raises(ValueError, match=rf"input: 1 changed, such as {corpus / 'b.parquet'}; take another"):
         score(corpus, tmp_path / "out")
     score(corpus, tmp_path / "out", fresh=True)
-    assert "e-0" in sidecar(tmp_path / "out") and "b-0" not in sidecar(tmp_path / "out")
+    assert "e-0" in sidecar(tmp_path / "out")
+    assert "b-0" not in sidecar(tmp_path / "out")
 
 
 def test_a_scorer_that_changes_under_its_name_is_refused_by_the_worker(corpus):
@@ -117,11 +119,12 @@ def test_an_error_leaves_neither_a_file_nor_a_marker_and_the_rest_goes_on(corpus
         bad, "1 of 5 shards are not complete; the others are, and the same command goes on there"
     ]  # fmt: skip
     assert sorted(scores(tmp_path / "out")) == ["a.parquet", "b.parquet", "c.parquet", "d.parquet"]
-    assert not [path for path in (tmp_path / "out").rglob("*.partial")]
+    assert not list((tmp_path / "out").rglob("*.partial"))
     with pytest.raises(ValueError, match="is not complete; run its `curate score` again"):
         runs.open_scores(tmp_path / "out")
     done = score(corpus, tmp_path / "out", set_aside=True)
-    assert done["figures"]["rows"] == 46 + 8 and done["figures"]["set_aside"] == 1
+    assert done["figures"]["rows"] == 46 + 8
+    assert done["figures"]["set_aside"] == 1
     noted = json.loads((tmp_path / "out/set_aside.jsonl").read_text())
     assert noted == {"file": str(corpus / "b2.jsonl"), "row": 6, "reason": "an empty text"}
 
@@ -178,7 +181,7 @@ def descendants(pid: int) -> set[int]:
 
 @pytest.mark.timeout(120)
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
-    """SIGKILL of the whole run in the midst of two shards; the workers end with it, and nothing half-written counts."""
+    """SIGKILL of the whole run in the midst of two shards; the workers end with it, nothing half-written counts."""
     for name in "abcdef":
         write_jsonl(
             tmp_path / f"in/{name}.jsonl", [{**row, "text": row["text"] + " WAIT 0.02"} for row in texts(20, name)]
@@ -192,7 +195,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     complete = markers(tmp_path / "out")
-    assert 2 <= len(complete) < 6 and len(workers) >= 2
+    assert 2 <= len(complete) < 6
+    assert len(workers) >= 2
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "workers outlive the run"
@@ -248,7 +252,7 @@ def test_ids_that_repeat_are_named_with_both_rows(tmp_path, same):
 
 
 def test_hashes_of_ids_are_compared_range_by_range(tmp_path, monkeypatch):
-    """With room for ten hashes at once, 60 ids take seven ranges, and a repeated one is found in whichever it falls."""
+    """With room for ten hashes at once, 60 ids take seven ranges; a repeated one is found in any."""
     monkeypatch.setattr(manifest, "AT_ONCE", 10)
     rows = [{"id": str(i), "text": "a"} for i in range(60)]
     write_jsonl(tmp_path / "in/a.jsonl", rows)
@@ -271,7 +275,7 @@ def test_a_folder_that_is_no_run_is_left_alone(corpus, tmp_path):
 
 
 def test_no_space_left_is_one_line_and_the_rest_stays(tmp_path):
-    """A limit on the size of a file stands in for a full disk; the small shard is complete, the large one is not there."""
+    """A limit on the size of a file stands in for a full disk: the small shard is complete, the large one absent."""
     write_jsonl(tmp_path / "in/a.jsonl", texts(5))
     write_jsonl(tmp_path / "in/b.jsonl", texts(3000, "b"))
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, {resource.RLIM_INFINITY}))\n"
@@ -300,7 +304,8 @@ def test_a_full_disk_is_one_line(tmp_path):
         write_jsonl(tmp_path / "a.jsonl", texts(3000))
         with pytest.raises(ValueError, match=r"cannot write to .*disk/out \(No space left on device\)"):
             score(tmp_path / "a.jsonl", disk / "out")
-        assert not list((disk / "out").rglob("*.partial")) and not list((disk / "out/scores").glob("*.parquet"))
+        assert not list((disk / "out").rglob("*.partial"))
+        assert not list((disk / "out/scores").glob("*.parquet"))
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -315,4 +320,5 @@ def test_the_writer_alone_keeps_nothing_of_a_shard_that_fails(tmp_path):
 
     with pytest.raises(ValueError, match=r"a\.jsonl: late"):
         list(writer.run(failing()))
-    assert contents(tmp_path / "scores") == {} and json.loads((tmp_path / "s/failures/00000.json").read_text())["line"]
+    assert contents(tmp_path / "scores") == {}
+    assert json.loads((tmp_path / "s/failures/00000.json").read_text())["line"]
