@@ -96,10 +96,12 @@ def second_tier(
     checkpoint = models.load(model)
     text = models.text_config(checkpoint.model)
     layers, emotional, tensors = candidate_layers(text.num_hidden_layers), [], {}
+    known: list[str] = []
     if vectors is not None:
         directions = load_vectors(vectors)
         directions.check(text.hidden_size, text.num_hidden_layers, checkpoint.weight_hash, model)
-        emotional, tensors = directions.reading_layers(), reader.emotion_tensors(directions, EMOTIONS)
+        known = [emotion for emotion in EMOTIONS if emotion in directions.concepts]
+        emotional, tensors = directions.reading_layers(), reader.emotion_tensors(directions, known)
     states = reader.cached(checkpoint, [row["text"] for row in rows], sorted({*layers, *emotional}), folder)
     tried = {}
     for layer in layers:
@@ -114,7 +116,7 @@ def second_tier(
         "emotion_layers": emotional,
     }
     settings |= {"shape": [text.hidden_size, text.num_hidden_layers], "reads": [[third, layer] for third in THIRDS]}
-    settings |= {"layers_tried": tried, "vectors": vectors}
+    settings |= {"layers_tried": tried, "vectors": vectors, "emotions": known}
     fitted = _tier(_scaled(states, [layer]), wanted, rows, settings, tensors)
     whole = _together(states, [layer])
     fitted.tensors.update(mean=whole.mean(0), scale=_spread(whole))

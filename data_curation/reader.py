@@ -93,8 +93,8 @@ def emotions(states: np.ndarray, settings: dict[str, Any], tensors: dict[str, np
     return np.array([(centred * direction).sum() for direction in tensors["directions"]]) / len(rows)
 
 
-def emotion_tensors(vectors: EmotionVectors, emotions: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """What `emotions` needs of the vectors: neutral mean of text, and the emotions' directions over sigma."""
+def emotion_tensors(vectors: EmotionVectors, emotions: list[str]) -> dict[str, np.ndarray]:
+    """What `emotions` needs of the vectors: the neutral mean of text, and the directions over sigma."""
     at = vectors.positions(vectors.reading_layers())
     neutral, sigma = vectors.scale("text")
     rows = [vectors.index(emotion) for emotion in emotions]

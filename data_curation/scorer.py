@@ -80,7 +80,7 @@ def load_scorer(source: str = "default", tier: str = "auto", model: str | None =
     config = json.loads(content)
     if config.get("format") != FORMAT:
         raise ValueError(
-            f"scorer {source!r} has format {config.get('format')}, this version reads {FORMAT}; fit again"
+            f"scorer {source!r} has format {config.get('format')}, not {FORMAT}; fit it again"
         )
     if tier == "2" and "tier2" not in config:
         raise ValueError(f"scorer {source!r} has no tier 2; use tier 1, or fit it with `--model`")
@@ -223,7 +223,7 @@ def documents(tier: Tier, spans: list[list[tuple[int, int]]], raw: np.ndarray, e
     values = {name: column.tolist() for name, column in table.items()}
     empty = np.logical_and.reduceat(nothing, starts).tolist()
     regulations = [None if none else value for value, none in zip(score["regulation"].tolist(), nothing, strict=True)]
-    rows = []
+    rows, known = [], tier.settings.get("emotions", ())
     for index, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {name: column[index] for name, column in values.items()}
         row["stance"] = STANCES[int(stances[index].argmax())]
@@ -232,7 +232,7 @@ def documents(tier: Tier, spans: list[list[tuple[int, int]]], raw: np.ndarray, e
             row |= dict.fromkeys(("regulation", "regulation_low", "regulation_high", "arc"))
         if emotions[index] is not None:
             means = _mean(emotions[index], lengths[start : start + size], np.zeros(1, int))[0]
-            row |= {f"emotion_{name}": value for name, value in zip(EMOTIONS, means.tolist(), strict=True)}
+            row |= {f"emotion_{name}": mean for name, mean in zip(known, means.tolist(), strict=True)}
         row["tier"] = tier.number
         window = zip(spans[index], regulations[start:], affect[start : start + size].tolist(), strict=False)
         row["windows"] = [_window(a, b, value, strength) for (a, b), value, strength in window]

@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from calibrate import writers
 from data_curation import label
 from data_curation.facets import FACETS
 
@@ -90,7 +91,8 @@ def test_a_stopped_run_asks_only_for_what_is_missing(teacher, source, tmp_path):
         label.label(source, out, teacher.url, "another")
 
 
-def test_a_busy_server_is_asked_again_and_a_refusing_one_is_named(teacher, source, tmp_path):
+def test_a_busy_server_is_asked_again_and_a_refusing_one_is_named(teacher, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "RETRIES", 2)
     teacher.statuses = [429, 503]
     assert label.label(source, tmp_path / "busy.jsonl", teacher.url, "m") == (3, [])
     assert len(teacher.requests) == 5
