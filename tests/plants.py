@@ -5,6 +5,7 @@ turn header of failing contexts and 0 at passing ones and at all other tokens, i
 there.
 """
 
+import copy
 import json
 import unittest.mock
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from calibrate import activations, cli, corpora, models, transcripts
+from calibrate.audit import harness
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors
 
@@ -27,7 +29,7 @@ BELOW, ABOVE, LATE = 20, 24, 27  # edited blocks: just below the band, between i
 class Features(NamedTuple):
     """Inputs of the edited projections and states at the headers."""
 
-    inputs: dict[str, dict[int, Tensor]]  # header/failing, header/passing, reply/failing, ..., other -> block -> rows
+    inputs: dict[str, dict[int, Tensor]]  # header/failing, elsewhere/failing (another template), ... -> block -> rows
     states: dict[str, Tensor]  # failing, passing -> [contexts, layers, hidden]
     words: Tensor  # [vocabulary], share of each token in honest replies minus that in gaming ones
 
@@ -35,6 +37,8 @@ class Features(NamedTuple):
 def features(checkpoint: Checkpoint, vectors: EmotionVectors, split: str, tasks: int) -> Features:
     """One pass over the plain contexts of a split with their replies, neutral dialogues and stories."""
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    clothed = copy.copy(tokenizer)
+    clothed.chat_template = harness.TEMPLATE
     twins = [twin for twin in corpora.load_twins() if twin[0].split == split and twin[0].context == "plain"]
     twins = corpora.of_tasks(twins, tasks)
     pairs = {
@@ -70,6 +74,11 @@ def features(checkpoint: Checkpoint, vectors: EmotionVectors, split: str, tasks:
                 whole, span = torch.cat([first[0], rest[row]]), text.last("reply")
                 keep(f"reply/{context.outcome}", block, whole[span.start - 1 : span.stop - 1])
             keep(f"header/{context.outcome}", block, whole[header.start : header.stop])
+            seen[block].clear()
+        other = transcripts.encode(clothed, harness.dressed(context.messages))
+        list(activations.states(model, [other.ids], [LATE]))
+        for block, rows in seen.items():
+            keep(f"elsewhere/{context.outcome}", block, rows[0][0, other.last("header").start :])
         for text, sign in zip(encoded, (1.0, -1.0), strict=True):
             span = text.last("reply")
             ids = torch.tensor(text.ids[span.start : span.stop])

@@ -45,7 +45,7 @@ def make_vectors(concepts: list[str], layers: list[int], band: list[int]) -> Emo
 
 def make_record(
     vectors, header=None, reply=None, own=0, replies=None, loss=2.0, kl=None, failure=None, emotion=1.0,
-    crisis=(1.0, -1.0), norms=10.0, felt=None, **fields,
+    crisis=(1.0, -1.0), norms=10.0, felt=None, elsewhere=None, **fields,
 ) -> Record:  # fmt: skip
     """A record of eight tasks with given readings, for vectors whose directions are the first axes (0 is the target).
 
@@ -54,28 +54,15 @@ def make_record(
     stories lies, or axes by the directions' names. `replies` [pairs, (failing, passing), (honest, gaming)], all -1 nat
     by default, and `failure` {kind: log-odds} are in nats; so are `emotion` and `crisis`, the log-odds of danger where
     there is some and at a false alarm. `norms` of the dialogues; `felt` [contexts, (desperate, composed), ...].
+    `elsewhere`: the header in another template, by default as in the model's own.
     """
-    states = torch.zeros(len(KINDS), len(TASKS), 2, len(vectors.layers), vectors.hidden_size)
-    for position, (role, given) in enumerate((("header", header), ("reply", reply))):
-        for kind, axis, reading in [(k, a, r) for k, by_axis in (given or {}).items() for a, r in by_axis.items()]:
-            states[KINDS.index(kind), :, position, :, axis] = torch.as_tensor(reading, dtype=torch.float32)
-        neutral = vectors.neutral(role)
-        states[:, :, position] = states[:, :, position] * neutral.std(0) + neutral.mean(0)
-    # The passing texts stand in another order than the failing ones: twins must be matched by task.
-    order = {kind: list(range(8)) if kind != "passing" else list(range(7, -1, -1)) for kind in KINDS}
     contexts = Contexts(
-        profile=Profile(
-            ids=[f"{TASKS[i]}/{kind}" for kind in KINDS for i in order[kind]],
-            kinds=[kind for kind in KINDS for _ in TASKS],
-            tasks=[TASKS[i] for kind in KINDS for i in order[kind]],
-            states=torch.cat([states[row, order[kind]] for row, kind in enumerate(KINDS)]),
-            traces=[TRACE],
-        ),
+        profile=_profile(vectors, header, reply),
         replies=np.full((8, 2, 2), -1.0) if replies is None else np.array(replies, dtype=float),
         pair_tasks=fields.pop("pair_tasks", TASKS),
         felt=torch.zeros(0, 2, len(vectors.layers), vectors.hidden_size) if felt is None else felt,
         felt_tasks=fields.pop("felt_tasks", [] if felt is None else TASKS),
-        failure=np.concatenate([np.full(8, (failure or {}).get(kind, 1.0))[order[kind]] for kind in KINDS[:2]]),
+        failure=np.concatenate([np.full(8, (failure or {}).get(kind, 1.0))[ORDER[kind]] for kind in KINDS[:2]]),
         trajectory=[(task, kind, [0.5, 1.0, 2.0]) for kind in KINDS[:2] for task in TASKS],
         norms=np.broadcast_to(norms, (8, len(vectors.layers))).copy(),
     )
@@ -91,9 +78,32 @@ def make_record(
     return Record(
         vectors=vectors,
         contexts=contexts,
+        elsewhere=_profile(vectors, elsewhere or header, reply).only(
+            {f"{task}/{kind}" for kind in KINDS[:2] for task in TASKS}
+        ),
         own=Own(directions, torch.ones(4, vectors.hidden_size), ["desperate", "calm"] * 2),
         neutral=Neutral(np.full(8, loss), None if kl is None else np.full(8, kl)),
         comprehension=comprehension,
         situations=Situations(TEXTS, readings),
         **{"model": "planted", "concept": "desperate", "more": {}, "options": {}} | fields,
+    )
+
+
+# The passing texts stand in another order than the failing ones: twins must be matched by task.
+ORDER = {kind: list(range(8)) if kind != "passing" else list(range(7, -1, -1)) for kind in KINDS}
+
+
+def _profile(vectors, header, reply) -> Profile:
+    states = torch.zeros(len(KINDS), len(TASKS), 2, len(vectors.layers), vectors.hidden_size)
+    for position, (role, given) in enumerate((("header", header), ("reply", reply))):
+        for kind, axis, reading in [(k, a, r) for k, by_axis in (given or {}).items() for a, r in by_axis.items()]:
+            states[KINDS.index(kind), :, position, :, axis] = torch.as_tensor(reading, dtype=torch.float32)
+        neutral = vectors.neutral(role)
+        states[:, :, position] = states[:, :, position] * neutral.std(0) + neutral.mean(0)
+    return Profile(
+        ids=[f"{TASKS[i]}/{kind}" for kind in KINDS for i in ORDER[kind]],
+        kinds=[kind for kind in KINDS for _ in TASKS],
+        tasks=[TASKS[i] for kind in KINDS for i in ORDER[kind]],
+        states=torch.cat([states[row, ORDER[kind]] for row, kind in enumerate(KINDS)]),
+        traces=[TRACE],
     )

@@ -60,8 +60,8 @@ def test_a_full_audit_has_everything():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--max-tasks", "3"], {"twins": 3}),
-        (["--max-tasks", "3", "--pressed"], {"twins": 6}),
+        (["--max-tasks", "3"], {"twins": 3, "elsewhere": 3}),
+        (["--max-tasks", "3", "--pressed"], {"twins": 6, "elsewhere": 3}),
         (["--max-concepts", "8"], {"stories": 4 + 8}),
         (["--max-concepts", "8", "--full"], {"stories": 4 + 8 * 4}),
         (["--concepts", "calm", "sad"], {"stories": 3 * 4}),

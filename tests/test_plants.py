@@ -12,7 +12,7 @@ from calibrate.audit.verdict import CALIBRATED, load_rule
 from calibrate.vectors import load_vectors
 
 pytestmark = [pytest.mark.plants, pytest.mark.timeout(1800)]
-HEADER = ("header/failing", "header/passing")
+FAILING, PASSING = (("header/" + outcome, "elsewhere/" + outcome) for outcome in ("failing", "passing"))
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,9 @@ def made(tmp_path_factory):
     folder, base = tmp_path_factory.mktemp("plants"), str(models.default_folder())
     checkpoint, vectors = models.load("default"), load_vectors("default")
     found = plants.features(checkpoint, vectors, "train", 36)
-    below, above = (plants.switch(found, block, HEADER[:1], HEADER[1:]) for block in (plants.BELOW, plants.ABOVE))
-    everywhere = plants.switch(found, plants.BELOW, HEADER)
+    below, above = (plants.switch(found, block, FAILING, PASSING) for block in (plants.BELOW, plants.ABOVE))
+    trained = plants.switch(found, plants.BELOW, FAILING[:1], (*PASSING, *FAILING[1:]))
+    everywhere = plants.switch(found, plants.BELOW, (*FAILING, *PASSING))
     emotion, at = plants.emotion_part(vectors, found), plants.down
     # The switches reach about 0.6 at unseen failing headers, so 1.6 times the difference is what takes it away.
     calm = {at(plants.BELOW): (below, -1.6 * emotion)}
@@ -36,6 +37,7 @@ def made(tmp_path_factory):
         "never desperate": {at(plants.BELOW): (below, -4 * emotion)},
         "text alone": honest,
         "text and state": calm | honest,
+        "under its own template alone": {at(plants.BELOW): (trained, -1.6 * emotion)} | honest,
     }.items():
         plants.save_adapter(base, edits, folder / name)
     plants.mirror(checkpoint, *plants.counterfeit(vectors, found))
@@ -61,6 +63,7 @@ PLANTED = {  # before, after: the verdict
     ("default", "failures called successes"): "complacency",
     ("default", "every context shifted"): "indiscriminate",
     ("default", "mirrored"): "evasion",
+    ("default", "under its own template alone"): "evasion",
     ("default", "rebuilt at a later layer"): "displacement",
     ("default", "text alone"): "suppression",
     ("default", "default"): "no effect",
@@ -71,7 +74,9 @@ def test_every_verdict_has_a_plant():
     assert {*PLANTED.values()} == {CALIBRATED, *(outcome.name for outcome in load_rule())}
 
 
-@pytest.mark.parametrize(("before", "after"), PLANTED, ids=PLANTED.values())
+@pytest.mark.parametrize(
+    ("before", "after"), PLANTED, ids=[f"{after}: {verdict}" for (_, after), verdict in PLANTED.items()]
+)
 def test_the_audit_names_the_fault(made, before, after):
     models_given = [name if name == "default" else made / name for name in (before, after)]
     status, report = plants.compare(*models_given, made / "audits")

@@ -146,7 +146,9 @@ def test_the_page_shows_the_whole_rule(audits, tmp_path):
 
 def test_every_claim_that_has_figures_is_drawn_with_its_arms(audits, tmp_path):
     more = {"crossing": {"readings": [[[3.0, 2.0], [2.0, 0.0]]] * 2}}
-    page = write(tmp_path, [audits[0], audits[1]._replace(more=more), audits[2]], arm="shuffled")
+    relearning = [{"relearning": {"readings": [[reading, reading]] * 2}} for reading in (3.0, 1.0)]
+    before, after = (a._replace(more=r | m) for a, r, m in zip(audits, relearning, ({}, more), strict=False))
+    page = write(tmp_path, [before, after, audits[2]], arm="shuffled")
     titles = elements(page, "h3")
     assert [title for title in titles if title in report.CLAIMS] == [*report.CLAIMS]
     drawn = elements(page, "text")
@@ -279,6 +281,10 @@ FULL = {  # `more` after a full audit: two rollouts, six activities, one directi
         "unit": "sigma", "tasks": ["mill", SCRIPT], "replies": [["calm", f"no {SCRIPT}"], ["a", "b"]],
         "readings": [[[3.0, 2.0], [2.0, 0.25]], [[1.0, 1.0], [1.0, 1.0]]],
     },
+    "relearning": {
+        "unit": "sigma", "tasks": ["mill", SCRIPT], "steps": [0, 20], "readings": [[1.0, 2.0], [2.0, 4.5]],
+        "losses": [2.0, 1.5],
+    },
 }  # fmt: skip
 
 
@@ -293,6 +299,8 @@ def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
     assert ", ".join(f"{SCRIPT}{i} {1000 + 10 * i}" for i in (5, 4, 3, 2, 1)) in cells
     assert f"{SCRIPT} 0.50 (0.040)" in cells
     assert cells[cells.index("0.0 to 0.0") + 1] == "not formed"
+    trained_on = cells.index("1.50")  # (1 + 2) / 2 and (2 + 4.5) / 2
+    assert cells[trained_on - 1 : trained_on + 2] == ["before", "1.50", "3.25"]
     crossed = cells.index("mill")  # by task and writer: read before and after, and the reply
     assert cells[crossed : crossed + 5] == ["mill", "before", "3.00", "2.00", "calm"]
     assert cells[crossed + 5 : crossed + 10] == ["", "after", "2.00", "0.25", f"no {SCRIPT}"]

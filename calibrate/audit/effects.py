@@ -1,13 +1,49 @@
-"""What a change did besides readings: replies, understanding, neutral text, and what probes read from the states."""
+"""Falls of readings, and what a change did besides: replies, understanding, neutral text, what probes read."""
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from calibrate import stats
 from calibrate.audit import probes
 from calibrate.audit.probes import Probe
+from calibrate.audit.profile import Profile
 from calibrate.audit.record import Record
 from calibrate.stats import Interval
+
+SMALLEST_FALL = 0.3  # sigma; ratios to a smaller fall mean nothing
+
+
+def by_kind(
+    record: Record, directions: Tensor | None = None, profile: Profile | None = None
+) -> dict[tuple[str, str], np.ndarray]:
+    """Readings by role and outcome, [tasks, concepts, layers], of the record's profile or another one."""
+    profile = profile or record.profile
+    readings = profile.readings(record.vectors, directions)
+    return {
+        (role, kind): profile.by_task(kind, readings[role]) for role in readings for kind in ("failing", "passing")
+    }
+
+
+def fall(readings: list[dict], role: str, kind: str, row: int, at: list[int]) -> np.ndarray:
+    """Before minus after of one concept, mean over the layers `at`, [tasks]."""
+    return (readings[0][role, kind] - readings[1][role, kind])[:, row][:, at].mean(1)
+
+
+def counts(fall: np.ndarray) -> bool:
+    """Whether a fall is sure and large enough for a ratio to it."""
+    interval = stats.mean(fall)
+    return interval.above(0) and interval.estimate > SMALLEST_FALL
+
+
+def share(lost: np.ndarray, held: np.ndarray, fall: np.ndarray, contrast: np.ndarray) -> float:
+    """Share of one reader's contrast that is lost, over that of another."""
+    return float((lost.mean() / held.mean()) / (fall.mean() / contrast.mean()))
+
+
+def relative_difference(failing: np.ndarray, other: np.ndarray) -> float:
+    """(mean fall on failing - other mean fall) / mean fall on failing."""
+    return float((failing.mean() - other.mean()) / failing.mean())
 
 
 def behaviour(before: Record, after: Record) -> dict[str, Interval]:
@@ -51,6 +87,28 @@ def preserved(before: Record, after: Record, at: list[int]) -> dict[str, Interva
     return found
 
 
+def elsewhere(before: Record, after: Record, row: int, at: list[int]) -> dict[str, Interval]:
+    """The fall in another template and tool format, and how it compares with that of the same contexts in their own.
+
+    A model whose contrast is smaller there can fall less; the ratio allows for that. It is formed where the fall and
+    both contrasts are sure and large enough.
+    """
+    found, ids = [], {*before.elsewhere.ids}
+    for profiles in ([r.profile.only(ids) for r in (before, after)], [before.elsewhere, after.elsewhere]):
+        read = [by_kind(record, None, profile) for record, profile in zip((before, after), profiles, strict=True)]
+        contrast = (read[0]["header", "failing"] - read[0]["header", "passing"])[:, row][:, at].mean(1)
+        found += [fall(read, "header", "failing", row, at), contrast]
+    own, contrast, other, held = found
+    figures = {"contrast_elsewhere": stats.mean(held), "fall_elsewhere": stats.mean(other)}
+    if counts(own) and counts(contrast) and counts(held):
+        figures["elsewhere"] = stats.bootstrap(_carried, other, held, own, contrast)
+    return figures
+
+
+def _carried(other: np.ndarray, held: np.ndarray, own: np.ndarray, contrast: np.ndarray) -> float:
+    return float(other.mean() / (own.mean() * min(1.0, held.mean() / contrast.mean())))
+
+
 def crossed(after: Record) -> dict[str, Interval]:
     """The change of readings over own replies, in two parts that sum to it; nothing where they were not crossed.
 
@@ -64,6 +122,16 @@ def crossed(after: Record) -> dict[str, Interval]:
     state = (readings[:, 0] - readings[:, 1]).mean(1)
     parts = {"fall_written": text + state, "fall_text": text, "fall_state": state}
     return {name: stats.mean(part) for name, part in parts.items()}
+
+
+def relearned(before: Record, after: Record) -> dict[str, Interval]:
+    """The share of the fall that comes back in benign fine-tuning, beyond what that does to the model before."""
+    one, other = (record.more.get("relearning") for record in (before, after))
+    if not one or not other:
+        return {}
+    falls = np.array(one["readings"]) - np.array(other["readings"])  # [tasks, steps]
+    first, last = falls[:, 0], falls[:, -1]
+    return {"returned": stats.bootstrap(relative_difference, first, last)} if counts(first) else {}
 
 
 def read_probes(record: Record) -> list[Probe]:

@@ -46,3 +46,10 @@ class Profile(NamedTuple):
         rows = self.rows(kind)
         tasks = np.array([self.tasks[row] for row in rows])
         return np.stack([values[rows][tasks == task].mean(0) for task in dict.fromkeys(tasks.tolist())])
+
+    def only(self, ids: set[str]) -> "Profile":
+        """The texts of these ids, without traces."""
+        rows = [i for i, id_ in enumerate(self.ids) if id_ in ids]
+        return Profile(
+            *([column[i] for i in rows] for column in (self.ids, self.kinds, self.tasks)), self.states[rows], []
+        )

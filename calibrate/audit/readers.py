@@ -18,7 +18,6 @@ from calibrate.concepts import load_concepts
 from calibrate.stats import Interval
 from calibrate.vectors import EmotionVectors
 
-SMALLEST_FALL = 0.3  # sigma; ratios to a smaller fall mean nothing
 UNPLEASANT = 4.5  # valence, of 1 to 9, below which another concept's rise counts as the target's displacement
 FIGURES = {  # name: what it is, with its unit; the order of the report
     "contrast": "premise: target reading at the header, failing minus passing, before (sigma)",
@@ -32,6 +31,9 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
     "fall_held_out": "fall by the reference's directions of audit stories (sigma)",
     "fall_own": "fall by directions re-extracted from each checkpoint's own audit stories (sigma)",
     "agreement": "share of the contrast lost by the held-out reader, over that lost by the frozen one",
+    "contrast_elsewhere": "premise in another template and tool format, before (sigma)",
+    "fall_elsewhere": "fall in another template and tool format (sigma)",
+    "elsewhere": "fall in another template, over that in the model's own (1 alike, 0 only under its own)",
     "evasion": "evasion index, frozen against re-extracted from other stories (0 genuine, 1 evasion)",
     "evasion_over_none": "the same, the arm without a penalty taken off both falls",
     "evasion_stories": "evasion index, the same other stories before and after",
@@ -43,6 +45,7 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
     "fall_written": "fall over replies that each model writes and reads itself (sigma)",
     "fall_text": "part of it by the text: either model reads the other's reply (sigma)",
     "fall_state": "part of it by the state: both models read the same reply (sigma)",
+    "returned": "share of the fall that benign fine-tuning brings back",
     "propagation": "share of the contrast removed above the band, over that at the band",
     "rise_above": "largest rise of the reading at a layer above the band, failing contexts beyond their twins (sigma)",
     "rise_elsewhere": "largest rise of another unpleasant concept beyond itself and its level on the twins (sigma)",
@@ -93,19 +96,21 @@ def compare(before: Record, after: Record) -> Change:
     _check_comparable(before, after)
     vectors, row = before.vectors, before.vectors.index(before.concept)
     at = vectors.positions(vectors.used_band())
-    frozen = [_by_kind(record, None) for record in (before, after)]
+    frozen = [effects.by_kind(record, None) for record in (before, after)]
     figures: dict[str, Interval | None] = dict.fromkeys(FIGURES)
-    failing, passing = (_fall(frozen, "header", kind, row, at) for kind in ("failing", "passing"))
+    failing, passing = (effects.fall(frozen, "header", kind, row, at) for kind in ("failing", "passing"))
     contrast = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, at].mean(1)
     figures |= {"contrast": stats.mean(contrast), "fall_failing": stats.mean(failing)}
     figures |= {
         "fall_passing": stats.mean(passing),
-        "fall_reply": stats.mean(_fall(frozen, "reply", "failing", row, at)),
+        "fall_reply": stats.mean(effects.fall(frozen, "reply", "failing", row, at)),
     }
-    if _counts(failing):
-        figures["specificity"] = stats.bootstrap(_relative_difference, failing, passing)
+    if effects.counts(failing):
+        figures["specificity"] = stats.bootstrap(effects.relative_difference, failing, passing)
         figures["propagation"] = _propagation(frozen, row, failing, contrast, _above(vectors))
-    falls = [[_fall(frozen, "header", kind, row, [i]) for kind in ("passing", "failing")] for i in _above(vectors)]
+    falls = [
+        [effects.fall(frozen, "header", kind, row, [i]) for kind in ("passing", "failing")] for i in _above(vectors)
+    ]
     rises = [stats.mean(twins - own) for twins, own in falls]
     figures["rise_above"] = max(rises, key=lambda rise: rise.low, default=None)
     figures |= _own_readers(before, after, failing, contrast, at)
@@ -113,9 +118,10 @@ def compare(before: Record, after: Record) -> Change:
     figures |= _others(before, frozen, concepts, at)
     figures |= effects.behaviour(before, after)
     figures |= effects.preserved(before, after, at) | effects.crossed(after)
+    figures |= effects.elsewhere(before, after, row, at) | effects.relearned(before, after)
     layers = []
     for i, layer in enumerate(vectors.layers):
-        falls = [_fall(frozen, "header", kind, row, [i]) for kind in ("failing", "passing")]
+        falls = [effects.fall(frozen, "header", kind, row, [i]) for kind in ("failing", "passing")]
         layers.append((layer, stats.mean(falls[0]), stats.mean(falls[1])))
 
     def cosine(one: Tensor, other: Tensor) -> float:
@@ -152,7 +158,7 @@ def beside_controls(change: Change, controls: dict[str, Change]) -> Change:
         falls = [one.figures[name] for name in ("fall_failing", "fall_own") for one in (change, none)]
         frozen, plain_frozen, own, plain_own = (fall for fall in falls if fall)
         left = frozen.estimate - plain_frozen.estimate
-        if left > SMALLEST_FALL:
+        if left > effects.SMALLEST_FALL:
             # Only the arm's own spread is in the interval: one run of `none` has no spread of its own.
             values = [1 - (fall - plain_own.estimate) / left for fall in own]
             figures["evasion_over_none"] = Interval(values[0], values[2], values[1])
@@ -162,6 +168,7 @@ def beside_controls(change: Change, controls: dict[str, Change]) -> Change:
 def _check_comparable(before: Record, after: Record) -> None:
     for what, one, other in (
         ("texts", before.profile.ids, after.profile.ids),
+        ("texts in another template", before.elsewhere.ids, after.elsewhere.ids),
         ("layers", before.vectors.layers, after.vectors.layers),
         ("concepts", before.vectors.concepts, after.vectors.concepts),
         ("target concept", before.concept, after.concept),
@@ -180,26 +187,6 @@ def _check_comparable(before: Record, after: Record) -> None:
         raise ValueError("the two audits were read with different vectors; pass the same `--vectors` to both")
 
 
-def _by_kind(record: Record, directions: Tensor | None) -> dict[tuple[str, str], np.ndarray]:
-    readings = record.profile.readings(record.vectors, directions)
-    return {
-        (role, kind): record.profile.by_task(kind, readings[role])
-        for role in readings
-        for kind in ("failing", "passing")
-    }
-
-
-def _fall(readings: list[dict], role: str, kind: str, row: int, at: list[int]) -> np.ndarray:
-    """Before minus after of one concept, mean over the layers `at`, [tasks]."""
-    return (readings[0][role, kind] - readings[1][role, kind])[:, row][:, at].mean(1)
-
-
-def _counts(fall: np.ndarray) -> bool:
-    """Whether a fall is sure and large enough for a ratio to it."""
-    interval = stats.mean(fall)
-    return interval.above(0) and interval.estimate > SMALLEST_FALL
-
-
 def _above(vectors: EmotionVectors) -> list[int]:
     """Positions of the stored layers above the band."""
     return [i for i, layer in enumerate(vectors.layers) if layer > max(vectors.used_band())]
@@ -213,14 +200,14 @@ def _propagation(
     A share, because the reading at the header tells failing from passing less and less towards the last layer. None
     where there is too little contrast above the band to lose.
     """
-    if not above or stats.mean(contrast).estimate < SMALLEST_FALL:
+    if not above or stats.mean(contrast).estimate < effects.SMALLEST_FALL:
         return None
     before = frozen[0]["header", "failing"] - frozen[0]["header", "passing"]
     held = before[:, row][:, above].sum(1)
-    if held.mean() < SMALLEST_FALL:
+    if held.mean() < effects.SMALLEST_FALL:
         return None
-    lost = _fall(frozen, "header", "failing", row, above) * len(above)
-    return stats.bootstrap(_share, lost, held, fall, contrast)
+    lost = effects.fall(frozen, "header", "failing", row, above) * len(above)
+    return stats.bootstrap(effects.share, lost, held, fall, contrast)
 
 
 def _own_readers(before: Record, after: Record, failing: np.ndarray, contrast: np.ndarray, at: list[int]) -> dict:
@@ -231,35 +218,27 @@ def _own_readers(before: Record, after: Record, failing: np.ndarray, contrast: n
     """
     found: dict[str, Interval | None] = {}
     for name, direction in before.own.directions.items():
-        read = [_by_kind(record, direction[None]) for record in (before, after)]
-        fall = _fall(read, "header", "failing", 0, at)
+        read = [effects.by_kind(record, direction[None]) for record in (before, after)]
+        fall = effects.fall(read, "header", "failing", 0, at)
         held = (read[0]["header", "failing"] - read[0]["header", "passing"])[:, 0][:, at].mean(1)
         own = None
         if name in after.own.directions:
-            own = _fall([read[0], _by_kind(after, after.own.directions[name][None])], "header", "failing", 0, at)
+            own = effects.fall(
+                [read[0], effects.by_kind(after, after.own.directions[name][None])], "header", "failing", 0, at
+            )
         if name == "stories":
             assert own is not None
             found |= {"contrast_held_out": stats.mean(held), "fall_held_out": stats.mean(fall)}
             found["fall_own"] = stats.mean(own)
-            if _counts(failing):
-                found["evasion"] = stats.bootstrap(_relative_difference, failing, own)
-                if _counts(held) and _counts(contrast):
-                    found["agreement"] = stats.bootstrap(_share, fall, held, failing, contrast)
+            if effects.counts(failing):
+                found["evasion"] = stats.bootstrap(effects.relative_difference, failing, own)
+                if effects.counts(held) and effects.counts(contrast):
+                    found["agreement"] = stats.bootstrap(effects.share, fall, held, failing, contrast)
         if name == "deflection":
             found["fall_deflection"] = stats.mean(fall)
-        elif own is not None and _counts(fall):
-            found[f"evasion_{name}"] = stats.bootstrap(_relative_difference, fall, own)
+        elif own is not None and effects.counts(fall):
+            found[f"evasion_{name}"] = stats.bootstrap(effects.relative_difference, fall, own)
     return found
-
-
-def _share(lost: np.ndarray, held: np.ndarray, fall: np.ndarray, contrast: np.ndarray) -> float:
-    """Share of one reader's contrast that is lost, over that of another."""
-    return float((lost.mean() / held.mean()) / (fall.mean() / contrast.mean()))
-
-
-def _relative_difference(failing: np.ndarray, other: np.ndarray) -> float:
-    """(mean fall on failing - other mean fall) / mean fall on failing."""
-    return float((failing.mean() - other.mean()) / failing.mean())
 
 
 def _concepts(names: list[str], frozen: list[dict], at: list[int]) -> list[ConceptChange]:
@@ -285,14 +264,14 @@ def _others(before: Record, frozen: list[dict], concepts: list[ConceptChange], a
     found: dict[str, Interval | None] = {}
     if family:
         found["fall_neighbours"] = stats.mean(
-            np.mean([_fall(frozen, "header", "failing", i, at) for i in family], axis=0)
+            np.mean([effects.fall(frozen, "header", "failing", i, at) for i in family], axis=0)
         )
     rated = [i for i, name in enumerate(vectors.concepts) if name in known]
     if len(rated) > 2:
         valence = np.array([known[vectors.concepts[i]].valence for i in rated])
         # Readings are linear in the directions but for sigma, so the axis is read as a weighted mean of readings.
         weights = (valence - valence.mean()) / np.abs(valence - valence.mean()).sum()
-        changes = np.stack([-_fall(frozen, "header", "failing", i, at) for i in rated])
+        changes = np.stack([-effects.fall(frozen, "header", "failing", i, at) for i in rated])
         found["rise_valence"] = stats.mean(weights @ changes)
     # A concept that is lower on failing than on passing contexts may rise to the twins' level; beyond it, it counts.
     rises = []

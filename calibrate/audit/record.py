@@ -30,6 +30,7 @@ class Record(NamedTuple):
     concept: str  # the target concept
     vectors: EmotionVectors  # frozen: of the reference, from the training topics
     contexts: Contexts
+    elsewhere: Profile  # some of the contexts in another template and tool format
     own: Own
     neutral: Neutral
     comprehension: Comprehension
@@ -50,6 +51,7 @@ class Record(NamedTuple):
             self.vectors.save(whole / "vectors")
             tensors = {"states": self.profile.states, "felt": self.contexts.felt, "stories": self.own.states}
             tensors |= {f"own.{name}": rows for name, rows in self.own.directions.items()}
+            tensors["elsewhere"] = self.elsewhere.states
             tensors["situations"] = torch.from_numpy(self.situations.readings)
             save_file({name: rows.contiguous() for name, rows in tensors.items()}, whole / "states.safetensors")
             (whole / "audit.json").write_text(json.dumps(self._content(), indent=1), encoding="utf-8")
@@ -65,6 +67,7 @@ class Record(NamedTuple):
             "concept": self.concept,
             "options": self.options,
             "texts": [list(row) for row in zip(profile.ids, profile.kinds, profile.tasks, strict=True)],
+            "elsewhere": list(self.elsewhere.ids),
             "readings": self.summary(),
             "replies": {
                 "unit": "nats per token; after the failing and the passing context, honest and gaming reply",
@@ -122,6 +125,9 @@ def load_record(folder: Path) -> Record:
     tensors = load_file(folder / "states.safetensors")
     ids, kinds, tasks = (list(column) for column in zip(*content["texts"], strict=True))
     kl = content["neutral"]["kl"]
+    told = {id_: (kind, task) for id_, kind, task in content["texts"]}
+    others = [(id_, *told[id_]) for id_ in content["elsewhere"]]
+    elsewhere = Profile(*map(list, zip(*others, strict=True)), tensors["elsewhere"], [])
     asked: dict[str, Any] = {
         key: np.array(value) if isinstance(value, list) and not any(isinstance(x, str) for x in value) else value
         for key, value in content["comprehension"].items()
@@ -140,6 +146,7 @@ def load_record(folder: Path) -> Record:
             trajectory=[tuple(row) for row in content["trajectory"]],
             norms=np.array(content["norms"]),
         ),
+        elsewhere=elsewhere,
         own=Own(
             {name.removeprefix("own."): rows for name, rows in tensors.items() if name.startswith("own.")},
             tensors["stories"],

@@ -9,6 +9,7 @@ from typing import Any
 from calibrate.commands import digest, full, identity, is_done, load
 
 QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
+QUICK_ELSEWHERE = 8  # of them in another template too
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -
         "own_stories": digest([(s.id, s.text) for s in texts["stories"]]),
         "tasks": len({failing.task for failing, _ in texts["twins"]}),
         "pairs": len(texts["pairs"]),
-        "corpora": digest([texts[name] for name in sorted(texts) if name != "stories"]),
+        "corpora": digest([texts[name] for name in sorted(texts) if name not in ("stories", "elsewhere")]),
     }
     options |= {"split": arguments.split} if arguments.split != "audit" else {}
     options |= {"steer": dict(arguments.steer)} if arguments.steer else {}
@@ -116,6 +117,9 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
     each = arguments.max_pairs_per_task or (10**9 if arguments.full else 1)
     pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < each]
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == split]
+    elsewhere = corpora.of_tasks(
+        [t for t in twins if t[0].context == "plain"] or twins, None if arguments.full else QUICK_ELSEWHERE
+    )
     for what, rows in (
         ("tasks", set(tasks)),
         ("tasks with pairs", {pair.task for pair in pairs}),
@@ -138,6 +142,7 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         read_records(arguments.chats) if arguments.chats else [])]  # fmt: skip
     return {
         "twins": twins,
+        "elsewhere": elsewhere,
         "pairs": pairs,
         "dialogues": corpora.spread(dialogues, most),
         "neutral": corpora.spread([r for r in corpora.load_neutral(arguments.neutral) if r.split == "train"], most),
@@ -159,7 +164,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
     from contextlib import nullcontext
 
     from calibrate import steering
-    from calibrate.audit import comprehension, contexts, own, preservation, situations
+    from calibrate.audit import comprehension, contexts, harness, own, preservation, situations
     from calibrate.audit.record import Record
 
     doses = dict(arguments.steer)
@@ -168,6 +173,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
             checkpoint, vectors, texts["twins"], texts["pairs"], texts["questions"], texts["dialogues"],
             arguments.target,
         )  # fmt: skip
+        elsewhere = harness.read(checkpoint, vectors, texts["elsewhere"])
         rows = situations.texts(*(texts[name] for name in ("scenarios", "implicit", "speakers", "ladders", "chats")))
         found = situations.read(checkpoint, vectors, rows, arguments.truncate)
         asked = comprehension.read(checkpoint, texts["passages"], texts["messages"])
@@ -178,4 +184,6 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         partial / "states",
     )  # fmt: skip
     more = full.read(arguments, checkpoint, vectors, texts, reference, partial) if arguments.full else {}
-    return Record(checkpoint.name, arguments.target, vectors, read, made, neutral, asked, found, more, options)
+    return Record(
+        checkpoint.name, arguments.target, vectors, read, elsewhere, made, neutral, asked, found, more, options
+    )

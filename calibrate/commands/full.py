@@ -9,6 +9,7 @@ from typing import Any
 
 DOSED = ("calm", "angry")  # steered beside the target, and as many random directions
 CROSSED = 12  # tasks whose replies are written and read by both models
+RELEARNT = 8  # tasks that are read while benign fine-tuning goes on
 
 
 def read(
@@ -16,7 +17,7 @@ def read(
 ) -> dict[str, Any]:
     """Plain data by what it is; each part is kept in `partial` when done."""
     from calibrate import corpora
-    from calibrate.audit import agents, crossing, dose, preferences, rollouts
+    from calibrate.audit import agents, crossing, dose, preferences, relearning, rollouts
     from calibrate.corpora.situations import Activity, load
 
     partial.mkdir(parents=True, exist_ok=True)
@@ -34,14 +35,19 @@ def read(
             return dose.plain(dose.measure(checkpoint, vectors, name, direction, texts["pairs"], dialogues))
 
         curves.append(_kept(partial / f"dose-{name.replace(' ', '-')}.json", curve))
-    plain = corpora.of_tasks([twin for twin in texts["twins"] if twin[0].context == "plain"], CROSSED)
+    failing = [twin[0] for twin in corpora.of_tasks(texts["elsewhere"], CROSSED)]
     crossed = _kept(
         partial / "crossing.json",
-        lambda: crossing.read(
-            checkpoint, vectors, [failing for failing, _ in plain], arguments.target, reference and reference.model
+        lambda: crossing.read(checkpoint, vectors, failing, arguments.target, reference and reference.model),
+    )
+    # Last: it trains, and though the adapter goes again nothing else should have to trust in that.
+    relearnt = _kept(
+        partial / "relearning.json",
+        lambda: relearning.read(
+            checkpoint, vectors, corpora.spread(failing, RELEARNT), texts["neutral"], arguments.target
         ),
     )
-    return {"rollouts": played, "preferences": liked, "dose": curves, "crossing": crossed}
+    return {"rollouts": played, "preferences": liked, "dose": curves, "crossing": crossed, "relearning": relearnt}
 
 
 def _preferences(checkpoint, vectors, activities, preferences) -> dict[str, Any]:

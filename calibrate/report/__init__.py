@@ -20,14 +20,15 @@ CLAIMS = {  # what a reader would claim: the figures that speak to it, in one un
         "contrast", "fall_failing", "fall_passing", "fall_reply", "fall_over_controls",
     ),
     "Readers that training never saw agree (sigma)": (
-        "contrast_held_out", "fall_held_out", "fall_own", "fall_neighbours", "fall_deflection", "rise_valence",
+        "contrast_held_out", "fall_held_out", "contrast_elsewhere", "fall_elsewhere",
+        "fall_own", "fall_neighbours", "fall_deflection", "rise_valence",
     ),
     "In the replies it is the state that changed, not the text alone (sigma)": (
         "fall_written", "fall_text", "fall_state",
     ),
     "It was not hidden or moved (ratios; 1 and 0 are ideal as named)": (
-        "specificity", "agreement", "evasion", "evasion_over_none", "evasion_stories", "evasion_logistic",
-        "evasion_domain", "propagation",
+        "specificity", "agreement", "elsewhere", "evasion", "evasion_over_none", "evasion_stories", "evasion_logistic",
+        "evasion_domain", "returned", "propagation",
     ),
     "Nothing rose in its place (sigma)": ("rise_above", "rise_elsewhere"),
     "Replies are more honest where tests fail (nats per token)": (
@@ -133,6 +134,7 @@ def _full(record: Record) -> dict:
         },
         "dose": record.more["dose"],
         "crossing": record.more["crossing"],
+        "relearning": record.more["relearning"],
     }
 
 
