@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_tag(verbs, scored)
     _add_filter(verbs, scored)
     _add_report(verbs, talk)
+    for verb, said in (("fit", "labelled passages -> a scorer of your own"), ("label", "labels from a teacher model")):
+        six = verbs.add_parser(verb, parents=[talk], help=said)
+        if verb in sys.argv[1:2]:  # they load torch
+            getattr(import_module(f"data_curation.{verb}"), f"add_{verb}")(six)
     return parser
 
 

@@ -1,0 +1,142 @@
+"""The `curate` command and its report."""
+
+import functools
+import html
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import FAKE, contents, score, texts, write_jsonl, write_parquet
+
+from data_curation import cli, report, runs
+
+
+@pytest.fixture
+def curate(monkeypatch, capsys):
+    """Runs the command in this process, with the scorer of the tests."""
+    monkeypatch.setattr(runs, "score", functools.partial(runs.score, **FAKE))
+
+    def run(*arguments) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["curate", *map(str, arguments)])
+        cli.main()
+        return tuple(capsys.readouterr())
+
+    return run
+
+
+def test_the_command_is_light_and_lists_its_verbs():
+    check = "import sys, data_curation, data_curation.cli; print({'torch', 'pyarrow', 'datatrove'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "set()\n"
+    help_ = subprocess.run(
+        [sys.executable, "-m", "data_curation.cli", "--help"], capture_output=True, text=True
+    ).stdout
+    for verb in ("score", "reweight", "tag", "filter", "report", "fit", "label"):
+        assert f"\n    {verb} " in help_
+
+
+def test_from_a_corpus_to_a_report(curate, corpus, tmp_path):
+    out, _ = curate("score", corpus, "--out", tmp_path / "scores")
+    assert out == f"46 documents: 0 set aside\nResults: {tmp_path / 'scores'}\n"
+    out, _ = curate("filter", tmp_path / "scores", "--out", tmp_path / "f", "--below", "0.1", "--max-share", "0.5")
+    assert re.fullmatch(rf"46 documents: \d+ kept, \d+ dropped\nResults: {tmp_path / 'f'}\n", out)
+    out, _ = curate("tag", tmp_path / "scores", "--out", tmp_path / "t", "--tokens", "<l>", "<m>", "<h>")
+    assert re.match(r"46 documents: \d+ tagged, \d+ cooldown\n", out)
+    out, _ = curate("reweight", tmp_path / "scores", "--out", tmp_path / "w")
+    assert "of topic (none named: all one), format (all one) and length in quarters\nShift of the mix, KL" in out
+    out, _ = curate("reweight", tmp_path / "scores", "--out", tmp_path / "s", "--sample", "--topic-column", "topic")
+    assert re.match(r"46 documents: \d+ documents, \d+ dropped\n", out)
+    assert "of topic (topic), format (all one)" in out
+    folders = [tmp_path / name for name in "ftws"]
+    out, _ = curate("report", tmp_path / "scores", *folders, "--out", tmp_path / "r", "--group-columns", "topic")
+    assert out == f"Report: {tmp_path / 'r/report.html'}\nDataset card: {tmp_path / 'r/README.md'}\n"
+
+
+def test_errors_are_lines_and_a_status(curate, corpus, tmp_path, capsys):
+    write_jsonl(corpus / "e.jsonl", [{"id": "bad", "text": ""}])
+    with pytest.raises(SystemExit) as ended:
+        curate("score", corpus, "--out", tmp_path / "scores")
+    assert capsys.readouterr().err == f"error: {corpus / 'e.jsonl'}, row 1: an empty text\n"
+    assert str(ended.value).startswith("error: 1 of 5 shards are not complete")
+    out, _ = curate("score", corpus, "--out", tmp_path / "scores", "--set-aside")
+    assert f"Set aside: {tmp_path / 'scores/set_aside.jsonl'} names file, row and reason of each" in out
+    with pytest.raises(SystemExit, match=r"error: .*nowhere is no folder of results of `curate`"):
+        curate("filter", tmp_path / "nowhere", "--out", tmp_path / "f")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """Values that would be markup, script or another cell where they are not escaped."""
+    tmp_path = tmp_path_factory.mktemp("hostile")
+    wicked = '</div><script>alert("x")</script>|**bold**'
+    rows = [
+        {"id": f"{wicked}{i}", "text": f"SCORE {i / 60:.3f} {wicked}", "topic": f"{wicked}{i % 2}"} for i in range(60)
+    ]
+    write_parquet(tmp_path / "in/a.parquet", [*rows, *texts(9)])
+    score(tmp_path / "in", tmp_path / "scores")
+    runs.filter_tail(tmp_path / "scores", tmp_path / "f", 0.05, max_share=0.5)
+    tokens = ("<script>", "<m>", "<h>")
+    runs.tag(tmp_path / "scores", tmp_path / "t", (0.3, 0.7), tokens)
+    runs.reweight(tmp_path / "scores", tmp_path / "w", topic="topic")
+    report.write(tmp_path / "scores", [tmp_path / name for name in "ftw"], tmp_path / "r", groups=("topic",))
+    return tmp_path
+
+
+def test_the_report_is_one_page_that_escapes_every_value(hostile):
+    page = (hostile / "r/report.html").read_text()
+    assert "<script" not in page
+    assert not re.search(r"https?://|src=|@import", page)
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
+    assert "<code>topic</code>" in page
+    card = (hostile / "r/README.md").read_text()
+    assert "<script" not in card
+    assert all(line.count("|") - line.count("\\|") == 6 for line in card.splitlines() if "alert" in line)
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["configs"] == [{"config_name": "scores", "data_files": "scores/**/*.parquet"}]
+    assert header["size_categories"] == ["n<1K"]
+
+
+def test_the_report_has_distributions_examples_groups_and_the_hash(hostile):
+    page = html.unescape((hostile / "r/report.html").read_text())
+    assert "hash <code>37a8eec1ce19687d</code>" in page
+    assert "69 documents" in page
+    bars = re.findall(r"<tr><td>0\.\d\d to \d\.\d\d</td><td class=\"n\">(\d+)</td>", page)
+    assert len(bars) >= 20
+    assert sum(map(int, bars[:20])) == 60 + 6
+    for threshold in ("0.05", "0.3", "0.5", "0.7"):
+        assert f"<h3>Below {threshold}</h3>" in page
+        assert f"<h3>At or above {threshold}</h3>" in page
+    assert "SCORE 0.500" in page[page.index("At or above 0.5") :]
+    assert re.search(r"<td>topic</td><td>topic</td>", page)
+    assert "Effective documents" in page
+
+
+def test_a_report_is_of_results_of_these_scores(hostile, tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", texts(20, "b"))
+    score(tmp_path / "b.jsonl", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"/f was made from other scores \(.*/scores\)"):
+        report.write(tmp_path / "other", [hostile / "f"], tmp_path / "r2")
+    with pytest.raises(ValueError, match="/scores is no finished result of `curate filter`, `tag` or `reweight`"):
+        report.write(hostile / "scores", [hostile / "scores"], tmp_path / "r2")
+    before = contents(hostile / "r")
+    report.write(hostile / "scores", [hostile / n for n in "ftw"], hostile / "r", groups=("topic",))
+    assert contents(hostile / "r") == before
+
+
+def test_keep_rates_by_hand():
+    """8 of 10: Wilson 0.490 to 0.943. Group a keeps 3 of 20 and the others 15 of 20: ratio 0.2."""
+    assert report.wilson(8, 10) == pytest.approx((0.8, 0.490, 0.943), abs=1e-3)
+    assert report.wilson(0, 10).low == 0
+
+
+def test_groups_are_compared_with_all_others(tmp_path):
+    rows = [{"id": f"{g}{i}", "text": f"SCORE {0.9 if i < kept else 0.1} {g}{i}", "group": g}
+            for g, kept in (("a", 3), ("b", 15)) for i in range(20)]  # fmt: skip
+    write_parquet(tmp_path / "a.parquet", [*rows, {"id": "n", "text": "NEUTRAL", "group": "a"}])
+    score(tmp_path / "a.parquet", tmp_path / "scores")
+    report.write(tmp_path / "scores", [], tmp_path / "r", groups=("group",))
+    cells = re.findall(r"<tr><td>([ab])</td>(.*?)</tr>", (tmp_path / "r/report.html").read_text())
+    told = {name: re.sub(r"<[^>]+>", " ", row).split() for name, row in cells}
+    assert told == {"a": ["21", "20", "0.150", "[0.052,", "0.360]", "0.20"],
+                    "b": ["20", "20", "0.750", "[0.531,", "0.888]", "5.00"]}  # fmt: skip
