@@ -63,6 +63,7 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ({"max_pairs": 0}, "`max_pairs` is 0; allowed: 1 or more"),
         ({"penalty": "l2"}, "`penalty` is 'l2'; allowed: hinge, absolute, squared, change, set-point, cosine"),
         ({"ceiling": "low"}, "`ceiling` is 'low'; allowed: reduce, prevent, both"),
+        ({"hinge_reply": "rejected"}, "`hinge_reply` is 'rejected'; allowed: opening, chosen"),
         ({"tool_weight": 0.5}, "`tool_weight` is 0.5; allowed: 0 to 0.25"),
         ({"tool_weight": -0.1}, "`tool_weight` is -0.1; allowed: 0 to 0.25"),
         ({"rank": 9}, "`rank` is 9; allowed: 1 to 8"),
@@ -227,6 +228,8 @@ def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):
         ({"arm": "ablation", "rank": 2, "anchor_weight": 4.0}, ["anchor_weight 4.0", "rank 2"]),
         ({"penalty": "squared", "corridor": 0.3, "set_point": 2.0}, ["corridor 0.3", "set_point 2.0"]),
         ({"ceiling_margin": 0.5}, ["ceiling_margin 0.5"]),
+        ({"hinge_reply": "chosen"}, []),
+        ({"hinge_reply": "chosen", "arm": "none"}, ["hinge_reply 'chosen'"]),
         ({"random_seed": 3, "other_concept": "sad"}, ["other_concept 'sad'", "random_seed 3"]),
     ],
 )

@@ -3,6 +3,7 @@ import re
 import pytest
 from trl import ModelConfig
 
+from calibrate import corpora
 from calibrate.training import runs
 from calibrate.training.configs import CalibratedDPOConfig
 from calibrate.vectors import load_vectors
@@ -54,3 +55,23 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, section, name, valu
     setattr(model if section == "model" else training, name, value)
     with pytest.raises(ValueError, match=f"`{name}` is .*which this recipe does not use"):
         runs.refuse_unused(training, model)
+
+
+def test_the_hinge_may_read_the_chosen_reply_never_the_rejected():
+    twins, pairs = corpora.load_twins()[:4], corpora.load_pairs()
+    for kept, (failing, twin) in zip(twins, runs.with_chosen(twins, pairs), strict=True):
+        of_it = [p for p in pairs if (p.task, p.context) == (failing.task, failing.context)]
+        assert failing.reply == of_it[0].chosen[0]["content"]
+        assert failing.reply not in [p.rejected[0]["content"] for p in of_it]
+        assert (failing._replace(reply=kept[0].reply), twin) == kept  # nothing else changes, the twin not at all
+    other = [pair for pair in pairs if pair.task != twins[0][0].task]
+    assert runs.with_chosen(twins[:1] + twins[-1:], other)[0] == twins[0]  # a context without a pair keeps its opening
+    with pytest.raises(ValueError, match="`hinge_reply` is 'chosen', but no pair has the `task` and `context`"):
+        runs.with_chosen(twins[:1], other)
+
+
+def test_the_chosen_reply_is_read_by_a_run(tiny_folder, tiny_vectors, tmp_path):
+    options = {"vectors": str(tiny_vectors), "use_cpu": True, "bf16": False, "max_tasks": 1, "hinge_reply": "chosen"}
+    args = CalibratedDPOConfig(output_dir=str(tmp_path / "run"), **options)
+    run = runs.prepare(args, ModelConfig(model_name_or_path=str(tiny_folder), use_peft=True))
+    assert {failing.reply for failing, _ in run.data.twins} <= {pair.chosen[0]["content"] for pair in run.pairs}

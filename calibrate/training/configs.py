@@ -187,6 +187,21 @@ class CalibrationConfig:
 class CalibratedDPOConfig(CalibrationConfig, DPOConfig):
     """Preference tuning with the calibration objective."""
 
+    hinge_reply: str = _option(
+        "opening",
+        "Recipes: a failing context's reply. `opening`: the same as its passing twin's, so that they differ by "
+        "the outcome alone; `chosen`: the chosen reply of its pair. Never the rejected one.",
+    )
+
+    def __post_init__(self):
+        _check_choice(self, "hinge_reply", ("opening", "chosen"))
+        super().__post_init__()
+
+    def unused(self) -> list[str]:
+        """Without reading terms, the reply that they would read too."""
+        extra = [f"hinge_reply {self.hinge_reply!r}"] if self.is_plain() and self.hinge_reply != "opening" else []
+        return super().unused() + extra
+
 
 @dataclass
 class CalibratedSFTConfig(CalibrationConfig, SFTConfig):

@@ -63,7 +63,10 @@ def prepare(args: Any, model_args: Any) -> Run:
     # The pairs go with the contexts, where they are of the same conversations; a user's transcripts may have none.
     left_out = {failing.task for failing, _ in every} - {failing.task for failing, _ in twins}
     pairs = [p for p in corpora.load_pairs(args.pairs) if p.split == "train" and p.task not in left_out]
-    pairs = corpora.spread(arms.prompts_of(args.arm, pairs), args.max_pairs)
+    pairs = arms.prompts_of(args.arm, pairs)
+    if isinstance(args, CalibratedDPOConfig) and args.hinge_reply == "chosen":
+        twins = with_chosen(twins, pairs)
+    pairs = corpora.spread(pairs, args.max_pairs)
     if not pairs and not isinstance(args, CalibratedGRPOConfig):
         raise ValueError(
             f'`arm: {args.arm}` finds no pairs of its kind with `"split": "train"`; give others in `pairs`'
@@ -83,6 +86,24 @@ def prepare(args: Any, model_args: Any) -> Run:
         content.append(load_vectors(args.shuffled_vectors).recipe)
     resume_from = claim(args, model_args, content)
     return Run(checkpoint, reference, peft_config, data, pairs, resume_from)
+
+
+def with_chosen(twins: list, pairs: list) -> list:
+    """The twins, each failing context with the chosen reply of its conversation's first pair, where there is one.
+
+    The passing twin keeps its opening: the ceiling stands where it stood.
+
+    Raises:
+        ValueError: no failing context has a pair.
+    """
+    chosen = {(pair.task, pair.context): pair.chosen[0]["content"] for pair in reversed(pairs)}
+    replies = [chosen.get((failing.task, failing.context), failing.reply) for failing, _ in twins]
+    if all(reply == failing.reply for reply, (failing, _) in zip(replies, twins, strict=True)):
+        raise ValueError(
+            "`hinge_reply` is 'chosen', but no pair has the `task` and `context` of a failing context; set it to "
+            "`opening`, or give pairs of these conversations"
+        )
+    return [(failing._replace(reply=reply), twin) for reply, (failing, twin) in zip(replies, twins, strict=True)]
 
 
 def _models(args: Any, model_args: Any) -> tuple[Checkpoint, Any]:
