@@ -285,3 +285,30 @@ def test_a_hinge_that_starts_at_zero_cannot_set_its_weight(make):
 def test_lora_stays_at_or_below_the_band(make, options, top):
     trained = {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in weights(make(**options))}
     assert trained == set(range(top + 1))
+
+
+def test_the_tool_result_is_pressed_where_it_has_weight(make, tiny_vectors):
+    """Weights 1, 1 and 0.25 of header, reply and tool: P' (2 + 0.25) = P 2 + T 0.25, T by the vectors' own readings."""
+    with pytest.raises(ValueError, match=r"`tool_weight` is 0.25, but a context has no tool result; set it to 0"):
+        make(tool_weight=0.25)
+    twins = [
+        tuple(c._replace(messages=[*c.messages, {"role": "tool", "content": f"{c.outcome}: {c.task}"}]) for c in twin)
+        for twin in TWINS
+    ]
+    options = {"twins": twins, "arm": "hinge-frozen", "contexts_per_step": 4, "max_steps": 1} | NO_ANCHORS
+    pressed = {w: train(make(f"{w}", tool_weight=w, **options))[0]["calibration/penalty"] for w in (0.0, 0.25)}
+    trainer, vectors = make("fresh", **options), load_vectors(str(tiny_vectors))
+    row, at = vectors.index("desperate"), vectors.positions([2])[0]
+    tokens = []
+    for side in (0, 1):
+        probes = readings.prepare(trainer.processing_class, [twin[side] for twin in twins], 64, tool=True)
+        found = []
+        for probe in probes:
+            pools = [[slice(token, token + 1) for token in range(probe.tool.start, probe.tool.stop)]]
+            states = activations.pooled(trainer.model.eval(), [probe.ids], pools, vectors.layers)[0]
+            found.append(vectors.readings(states, "token")[:, row, at])
+        tokens.append(found)
+    excess = [(read - torch.cat(tokens[1]).median()).clamp(min=0) for read in tokens[0]]
+    hinge = torch.stack([torch.where(e > 1, e - 0.5, e**2 / 2).mean() for e in excess]).mean().item()
+    assert hinge > 0.01
+    assert 2.25 * pressed[0.25] == pytest.approx(2 * pressed[0.0] + 0.25 * hinge, rel=0.02)
