@@ -12,12 +12,13 @@ that a machine whose speed drifts does not decide; CPU seconds, which other proc
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
@@ -43,11 +44,11 @@ PASSAGES = Path(facets.__file__).parent / "labels/passages.jsonl"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tier1", "overhead", "tier2", "workers", "memory"))
+    parser.add_argument("what", choices=("tier1", "overhead", "tier2", "workers", "memory", "peak"))
     parser.add_argument("--scorer", default="default", help="folder of a scorer (default: the shipped one)")
     parser.add_argument("--documents", type=int, help="(default: 1000, tier2 6, workers 60000)")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs (default: %(default)s)")
-    parser.add_argument("--sizes", nargs=2, type=int, default=(10_000, 100_000), help="for memory")
+    parser.add_argument("--sizes", nargs=2, type=int, default=(10_000, 1_000_000), help="for memory")
     arguments = parser.parse_args()
     globals()[f"_{arguments.what}"](arguments)
 
@@ -148,8 +149,8 @@ def _overhead(arguments: argparse.Namespace) -> None:
 
         def theirs() -> None:
             writer = ParquetWriter(str(Path(folder) / f"theirs{next(made)}"))
-            data: Any = ParquetReader(str(source))()
-            deque(writer(data), maxlen=0)
+            passed: Any = writer(ParquetReader(str(source))())
+            deque(passed, maxlen=0)
 
         first, second, ratios = compare(ours, theirs, arguments.pairs)
     print(f"{len(documents)} documents of {len(documents[0])} characters, CPU seconds")
@@ -206,32 +207,46 @@ def _workers(arguments: argparse.Namespace) -> None:
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    """Each size in a process of its own; the parent's final checks are in it."""
+    """Each size in a process of its own."""
     peaks = []
     for number in arguments.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            queue = multiprocessing.get_context("spawn").Queue()
-            child = multiprocessing.get_context("spawn").Process(
-                target=_peak, args=(folder, number, arguments.scorer, queue)
-            )
-            child.start()
-            peaks.append(queue.get())
-            child.join()
+        child = [sys.executable, __file__, "peak", "--documents", str(number), "--scorer", arguments.scorer]
+        told = subprocess.run(child, capture_output=True, text=True, check=True).stdout.split()
+        peaks.append([float(value) for value in told])
         print(f"{number:9,} documents of 300 characters: worker {peaks[-1][0]:.0f} MiB, run {peaks[-1][1]:.0f} MiB")
     print(f"ratio of the worker's peaks {peaks[1][0] / peaks[0][0]:.2f}, of the run's {peaks[1][1] / peaks[0][1]:.2f}")
 
 
-def _peak(folder: str, number: int, scorer: str, queue) -> None:
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Measured:
+    """A scorer that notes the greatest memory of its process at each batch."""
+
+    def __init__(self, scorer):
+        self.scorer, self.hash = scorer, scorer.hash
+
+    def score(self, documents: list[str]) -> list[dict]:
+        rows = self.scorer.score(documents)
+        Path(os.environ["PEAK"]).write_text(str(peak_mib()))
+        return rows
+
+
+def load_measured(source: str, tier: str, model: str | None) -> Measured:
+    return Measured(blocks.load_default(source, tier, model))
+
+
+def _peak(arguments: argparse.Namespace) -> None:
     documents = texts(2000, 300)
-    path = Path(folder) / "in.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(number):
-            file.write(json.dumps({"id": str(i), "text": documents[i % 2000]}) + "\n")
-    runs.score(str(path), Path(folder) / "out", tier="1", scorer=scorer)
-    own, children = (
-        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    queue.put((children, own))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "in.jsonl"
+        os.environ["PEAK"] = f"{folder}/peak"
+        with path.open("w", encoding="utf-8") as file:
+            for i in range(arguments.documents):
+                file.write(json.dumps({"id": str(i), "text": documents[i % 2000]}) + "\n")
+        runs.score(str(path), Path(folder) / "out", tier="1", scorer=arguments.scorer, load=load_measured)
+        print(Path(f"{folder}/peak").read_text(), peak_mib())
 
 
 if __name__ == "__main__":

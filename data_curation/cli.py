@@ -90,9 +90,8 @@ def _add_tag(verbs, scored: argparse.ArgumentParser) -> None:
 
 def _add_filter(verbs, scored: argparse.ArgumentParser) -> None:
     four = verbs.add_parser("filter", parents=[scored], help="drop the low tail; what is dropped is written out")
-    four.add_argument(
-        "--below", type=float, default=0.1, help="drop where the whole interval lies below (default: 0.1)"
-    )
+    said = "drop where the upper end of the interval lies below (default: 0.35)"
+    four.add_argument("--below", type=float, default=0.35, help=said)
     four.add_argument("--max-share", type=float, default=0.05, help="refuse to drop more than this (default: 0.05)")
     four.set_defaults(run=filter_)
 
