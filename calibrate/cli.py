@@ -147,6 +147,9 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
     auditing.add_argument("--concepts", nargs="+", help="re-extract from all stories about these alone")
     auditing.add_argument("--max-concepts", type=int, help="re-extract against one story each of so many concepts")
     auditing.add_argument("--max-new-tokens", type=int, default=400, help="of one answer to a coding task")
+    auditing.add_argument(
+        "--lm-eval", nargs="+", metavar="TASK", help="also run these tasks of lm-eval, by name or as a YAML file"
+    )
     two = verbs.add_parser("audit", parents=[reading, auditing], help="the emotional profile of a checkpoint")
     two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
     two.add_argument(

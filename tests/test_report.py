@@ -310,6 +310,17 @@ def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
     assert "What the models did" not in write(tmp_path, audits)
 
 
+def test_benchmarks_stand_beside_each_other(audits, tmp_path):
+    row = {"task": f"arc {SCRIPT}", "metric": "acc", "value": 0.5, "interval": [0.4, 0.6], "examples": 100}
+    before = audits[0]._replace(more={"lm_eval": [row]})
+    after = audits[1]._replace(more={"lm_eval": [row | {"value": 0.25, "interval": None, "examples": None}]})
+    cells = elements(write(tmp_path, [before, after, audits[2]]), "td")
+    at = cells.index(f"arc {SCRIPT}")
+    assert cells[at - 1 : at + 4] == ["before", f"arc {SCRIPT}", "acc", "0.5 [0.4, 0.6]", "100"]
+    assert cells[at + 4 : at + 9] == ["after", f"arc {SCRIPT}", "acc", "0.25", ""]
+    jsonschema.validate(json.loads((tmp_path / "report.json").read_text(encoding="utf-8")), SCHEMA)
+
+
 def test_two_writes_give_the_same_bytes(audits, tmp_path):
     for name in ("one", "two"):
         write(tmp_path / name, audits)

@@ -40,6 +40,10 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
 
     vectors = load_vectors(arguments.vectors)
     vectors.index(arguments.target)
+    if arguments.lm_eval:
+        from calibrate.audit import capability
+
+        capability.check(arguments.lm_eval)
     texts = _texts(arguments, vectors)
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
@@ -96,6 +100,7 @@ def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -
     options |= {"split": arguments.split} if arguments.split != "audit" else {}
     options |= {"steer": dict(arguments.steer)} if arguments.steer else {}
     options |= {"full": True, "max_new_tokens": arguments.max_new_tokens} if arguments.full else {}
+    options |= {"lm_eval": arguments.lm_eval, "max_rows": arguments.max_rows} if arguments.lm_eval else {}
     return options | ({"reference": reference.weight_hash} if reference else {})
 
 
@@ -184,6 +189,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         partial / "states",
     )  # fmt: skip
     more = full.read(arguments, checkpoint, vectors, texts, reference, partial) if arguments.full else {}
+    more |= full.benchmarks(arguments, checkpoint, partial) if arguments.lm_eval else {}
     return Record(
         checkpoint.name, arguments.target, vectors, read, elsewhere, made, neutral, asked, found, more, options
     )

@@ -1,4 +1,4 @@
-"""What only a full audit reads: behaviour by execution, whose the change is, preferences, dose-response."""
+"""What only a full audit reads: behaviour by execution, whose the change is, preferences, dose-response; lm-eval."""
 
 import argparse
 import json
@@ -48,6 +48,14 @@ def read(
         ),
     )
     return {"rollouts": played, "preferences": liked, "dose": curves, "crossing": crossed, "relearning": relearnt}
+
+
+def benchmarks(arguments: argparse.Namespace, checkpoint, partial: Path) -> dict[str, Any]:
+    """The tasks of `--lm-eval`, in a quick audit too."""
+    from calibrate.audit import capability
+
+    run = lambda: capability.run(checkpoint, arguments.lm_eval, arguments.max_rows)  # noqa: E731
+    return {"lm_eval": _kept(partial / "lm-eval.json", run)}
 
 
 def _preferences(checkpoint, vectors, activities, preferences) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def to_json(verdict: Verdict, before: Record, after: Record, change: Change, con
         "full": {
             name: _full(record) for name, record in (("before", before), ("after", after)) if "rollouts" in record.more
         },
+        "lm_eval": {name: record.more.get("lm_eval", []) for name, record in (("before", before), ("after", after))},
         "readings": {"before": before.summary(), "after": after.summary()},
         "audits": {"before": before.options, "after": after.options},
     }
