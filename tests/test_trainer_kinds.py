@@ -207,6 +207,14 @@ def test_without_an_adapter_there_is_no_reference_to_read_with(make):
     assert "rewards/reading/mean" in logged[0]
 
 
+@pytest.mark.parametrize("use", ["reward", "aux"])
+def test_prompts_that_are_rendered_in_another_way_are_refused(make, use):
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "reading_use": use, "auroc_gate": 0.0}
+    with pytest.raises(ValueError, match=r"`chat_template_kwargs` is .*enable_thinking.*render prompts without"):
+        make(CalibratedGRPOTrainer, **options)
+    make(CalibratedGRPOTrainer, **options | {"arm": "none", "reading_use": "reward"})  # TRL's own: it may have them
+
+
 def test_noise_on_embeddings_is_refused(make):
     with pytest.raises(
         ValueError, match="`neftune_noise_alpha` is not supported with calibration terms; leave it out"

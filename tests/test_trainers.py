@@ -288,7 +288,7 @@ def test_lora_stays_at_or_below_the_band(make, options, top):
 
 
 def test_the_tool_result_is_pressed_where_it_has_weight(make, tiny_vectors):
-    """Weights 1, 1 and 0.25 of header, reply and tool: P' (2 + 0.25) = P 2 + T 0.25, T by the vectors' own readings."""
+    """Weights 1, 1 and 0.25 of header, reply and tool: P' (2 + 0.25) = P 2 + T 0.25, T by the vectors' readings."""
     with pytest.raises(ValueError, match=r"`tool_weight` is 0.25, but a context has no tool result; set it to 0"):
         make(tool_weight=0.25)
     twins = [

@@ -163,6 +163,11 @@ class CalibratedGRPOTrainer(CalibrationMixin, GRPOTrainer):
                 "`reading_by: reference` needs an adapter that can be switched off; set `use_peft: true`, or "
                 "`reading_by: policy`"
             )
+        if (kwargs := options["args"].chat_template_kwargs) and (in_reward or not options["args"].is_plain()):
+            raise ValueError(
+                f"`chat_template_kwargs` is {kwargs!r}, but readings render prompts without them; leave it out or put "
+                "them into the tokenizer's chat template"
+            )
         super().__init__(*positional, reward_funcs=[*functions, *([self._reading] if in_reward else [])], **options)
         if in_reward:
             self._reading.bind(self)
