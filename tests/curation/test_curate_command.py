@@ -5,12 +5,14 @@ import html
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import FAKE, contents, score, texts, write_jsonl, write_parquet
 
 from data_curation import cli, report, runs
+from data_curation.pipeline import load_config
 
 
 @pytest.fixture
@@ -140,3 +142,22 @@ def test_groups_are_compared_with_all_others(tmp_path):
     told = {name: re.sub(r"<[^>]+>", " ", row).split() for name, row in cells}
     assert told == {"a": ["21", "20", "0.150", "[0.052,", "0.360]", "0.20"],
                     "b": ["20", "20", "0.750", "[0.531,", "0.888]", "5.00"]}  # fmt: skip
+
+
+def test_the_page_about_curation_runs_as_written(tmp_path):
+    """Commands parse, the config loads for each executor, and the imports of the Python parts exist."""
+    pages = [Path(__file__).parents[2] / name for name in ("docs/curation.md", "README.md")]
+    page = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    commands = [line.split("#")[0].split()[1:] for line in page.splitlines() if re.match(r"curate \w+ \S+ ", line)]
+    commands += [line.split()[2:] for line in page.splitlines() if line.startswith("# curate ")]
+    assert len(commands) >= 9
+    for command in commands:
+        assert cli._parser().parse_args(command).run
+    (config,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for executor in ("slurm", "ray", "local"):
+        (tmp_path / "c.yaml").write_text(config.replace("executor: slurm", f"executor: {executor}"))
+        assert load_config(tmp_path / "c.yaml", None).workers == 64
+    blocks = [part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "data_curation" in part]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec("\n".join(line for line in block.splitlines() if line.startswith("from ")), {})
