@@ -24,9 +24,13 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-SOURCES = [path for folder in ("calibrate", "recipes") for path in ROOT.joinpath(folder).rglob("*.py")]
+SOURCES = [
+    path for folder in ("calibrate", "recipes", "data_curation") for path in ROOT.joinpath(folder).rglob("*.py")
+]
 FILES = {str(path.relative_to(ROOT)): path for path in SOURCES}
 LIBRARY = [name for name in FILES if name.startswith("calibrate/")]
+CURATION = [name for name in FILES if name.startswith("data_curation/")]
+IMPORT_BY_NAME = ("calibrate/__init__.py", "calibrate/cli.py", "data_curation/cli.py")
 
 
 def parse(name: str) -> ast.Module:
@@ -62,10 +66,12 @@ def test_nothing_imports_upwards(name):
     assert all(FLOOR[unit] <= FLOOR[own] for unit in used), used
     # An auditor that shares code with the trainer shares its blind spots.
     assert {"training": "audit", "audit": "training"}.get(own) not in used
-    assert not any(dotted.split(".")[0] in ("recipes", "benchmarks", "tests") for dotted in imported(name))
+    assert not any(
+        dotted.split(".")[0] in ("recipes", "data_curation", "benchmarks", "tests") for dotted in imported(name)
+    )
 
 
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize("name", LIBRARY + CURATION)
 def test_dangerous_calls_are_absent(name):
     """Pickles, code of a checkpoint, swallowed errors, and imports that the floors could not see."""
     modules = {dotted.split(".")[0] for dotted in imported(name)}
@@ -79,7 +85,7 @@ def test_dangerous_calls_are_absent(name):
             assert text not in ("trust_remote_code=True", "weights_only=False", "allow_pickle=True"), text
         elif isinstance(node, ast.Attribute):
             assert text != "torch.load", f"{name}:{node.lineno}"
-        elif isinstance(node, ast.Call) and name not in ("calibrate/__init__.py", "calibrate/cli.py"):
+        elif isinstance(node, ast.Call) and name not in IMPORT_BY_NAME:
             called = ast.unparse(node.func).split(".")[-1]
             assert called not in ("import_module", "__import__"), f"{name}:{node.lineno}"
 
@@ -105,7 +111,7 @@ def test_paths_in_documents_exist():
     """A path in backticks is checked where it starts with one of our folders; MODEL and X stand for any name."""
     documents = [path for pattern in ("*.md", "[a-z]*/**/*.md") for path in ROOT.glob(pattern)]
     documents = [path for path in documents if not {"runs", "calibrate.egg-info"} & set(path.relative_to(ROOT).parts)]
-    folders = "calibrate|recipes|tests|accelerate_configs|benchmarks"
+    folders = "calibrate|data_curation|docs|recipes|tests|accelerate_configs|benchmarks"
     paths = [
         (document.name, path)
         for document in documents
