@@ -103,20 +103,21 @@ def put(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def row_of(name: str, arm: str, before: Path, after: Path) -> dict[str, Any]:
+def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
     """Name, arm, and every figure of `COLUMNS` and the hinge at the header, with 95 % intervals over tasks."""
     records = [load_record(folder) for folder in (before, after)]
     change = readers.compare(*records)
-    excess = above_ceiling(*records)
+    excess = above_ceiling(*records, quantile)
     huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
     found = {"excess": stats.mean(excess), "hinge": stats.mean(huber)}
     return {"run": name, "arm": arm} | found | {key: change.figures[key] for key in COLUMNS if key != "excess"}
 
 
-def above_ceiling(before: Record, after: Record) -> np.ndarray:
+def above_ceiling(before: Record, after: Record, quantile: float) -> np.ndarray:
     """Reading of each task's failing contexts at the header after training, minus the ceiling, sigma.
 
-    The ceiling is the median over tasks of the passing twins' readings before, as the recipe's is over training tasks.
+    The ceiling is this quantile over tasks of the passing twins' readings before, as the recipe's is over training
+    tasks (`ceiling_quantile`).
     """
     at, row = before.vectors.positions(before.vectors.used_band()), before.vectors.index(before.concept)
 
@@ -124,7 +125,7 @@ def above_ceiling(before: Record, after: Record) -> np.ndarray:
         readings = record.profile.readings(before.vectors)["header"]
         return record.profile.by_task(kind, readings)[:, row][:, at].mean(1)
 
-    return read(after, "failing") - np.median(read(before, "passing"))
+    return read(after, "failing") - np.quantile(read(before, "passing"), quantile)
 
 
 def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -266,6 +267,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments.results = arguments.results or arguments.out
     recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
+    arguments.quantile = recipe.get("ceiling_quantile", 0.5)
     arguments.target = recipe.get("concepts", ["desperate"])[0]
     return arguments, rest
 
@@ -283,7 +285,8 @@ def main(words: list[str]) -> None:
             print(f"{row}: this run is finished; nothing to do", flush=True)
             continue
         audit(arguments.model, before, arguments)
-        found = row_of(name, arm, before, run_one(name, options, arguments, rest))
+        quantile = float(options.get("ceiling_quantile", arguments.quantile))
+        found = row_of(name, arm, before, run_one(name, options, arguments, rest), quantile)
         row.parent.mkdir(parents=True, exist_ok=True)
         put(row, json.dumps(found, indent=1))
         write(arguments.results)

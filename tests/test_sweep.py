@@ -154,9 +154,20 @@ def test_a_command_that_fails_ends_the_sweep_and_says_how_to_go_on():
         module["call"](sys.executable, "-c", "raise SystemExit(3)")
 
 
-def test_the_ceiling_is_the_median_of_the_twins_before(planted):
+def test_the_ceiling_is_a_quantile_of_the_twins_before(planted):
     module = runpy.run_path(str(ROOT / "recipes" / "sweep.py"))
     before = make_record(planted, BASELINE)
     after = make_record(planted, {"failing": {0: LEVELS + 1}, "passing": {0: 9.0}})
-    found = module["above_ceiling"](before, after)
-    assert sorted(found) == pytest.approx([level + 1 - 3.5 for level in range(8)], abs=1e-4)
+    for quantile, ceiling in ((0.5, 3.5), (1.0, 7.0)):
+        found = module["above_ceiling"](before, after, quantile)
+        assert sorted(found) == pytest.approx([level + 1 - ceiling for level in range(8)], abs=1e-4)
+
+
+def test_the_ceiling_is_the_recipes_or_the_variants_own(sweep, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep.module, "above_ceiling", lambda *given: asked.append(given[2]) or np.zeros(3))
+    sweep("--arms", "hinge-refit", "--variants", "ceiling_quantile=0.9")
+    assert asked == [0.5, 0.9]
+    sweep.config.write_text(sweep.config.read_text() + "ceiling_quantile: 0.3\n")
+    sweep("--arms", "none", "--results", str(sweep.out / "other"))
+    assert asked[2:] == [0.3]

@@ -77,6 +77,10 @@ class Objective:
         self.penalty_weight = self.pressure.load_or_save()
         if self.args.penalty_weight is not None or self.args.penalty_share == 0:
             self.penalty_weight = self.args.penalty_weight or 0.0
+            if self.args.penalty_weight is not None and self.args.arm in arms.CONTROLS:
+                logger.info(
+                    "`penalty_weight` is fixed, so arm %s does not match the real arm's gradient share", self.args.arm
+                )
         self.accelerator.wait_for_everyone()
         logger.info(
             "arm %s on layers %d to %d, initial hinge %.3f sigma^2, %d context(s), vectors of %s", self.args.arm,
