@@ -1,0 +1,145 @@
+"""
+Continued pretraining on a selection of a scored pool: does text that models regulation change how a model reads?
+
+```bash
+python recipes/books.py 1260.txt 766.txt --out runs/pool/pool.parquet
+curate score runs/pool/pool.parquet --out runs/pool/scores
+accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/pretrain.py \
+    --config recipes/smollm2-135m/pretrain.yaml --selection curated --seed 0 --output_dir runs/pretrain/curated-seed0
+```
+
+Every selection draws as many tokens, from passages with a score, in the order of its seed: `curated` from the third of
+each book with the highest regulation, `inverted` from the third with the lowest, `valence` from the third that VADER
+calls most positive, `random` from all of them. The same command again goes on from the last checkpoint.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SELECTIONS = ("curated", "random", "valence", "inverted")
+
+
+@dataclass
+class SelectionConfig:
+    """Which passages are trained on."""
+
+    pool: str = field(metadata={"help": "Parquet file with `id`, `text` and the group column."})
+    scores: str = field(metadata={"help": "Folder that `curate score` wrote for it."})
+    selection: str = field(metadata={"help": f"One of {', '.join(SELECTIONS)}."})
+    tokens: int = field(default=20480, metadata={"help": "Tokens of a run: whole blocks of `max_length`."})
+    group_column: str = field(default="book", metadata={"help": "Thirds are taken within each of its values."})
+
+
+def top_third(score: np.ndarray, groups: list[str]) -> np.ndarray:
+    """Whether each passage is in the highest third of its group; of ties the first."""
+    chosen = np.zeros(len(score), bool)
+    for group in set(groups):
+        rows = np.array([i for i, name in enumerate(groups) if name == group])
+        best = np.argsort(-score[rows], kind="stable")[: -(-len(rows) // 3)]
+        chosen[rows[best]] = True
+    return chosen
+
+
+def valence(texts: list[str]) -> np.ndarray:
+    """VADER's compound score, -1 to 1."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise ValueError("`selection: valence` needs VADER; run `pip install vaderSentiment`") from None
+    analyzer = SentimentIntensityAnalyzer()
+    return np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
+
+
+def choose(selection: str, texts: list[str], regulation: np.ndarray, groups: list[str], seed: int) -> list[str]:
+    """The texts that a selection may draw from, in the order of the seed.
+
+    Args:
+        regulation: of each passage, 0 to 1; NaN where it has none, and then it is never drawn.
+    """
+    scored = np.flatnonzero(~np.isnan(regulation))
+    texts, groups = [texts[i] for i in scored], [groups[i] for i in scored]
+    if selection == "random":
+        rows = np.arange(len(scored))
+    else:
+        score = valence(texts) if selection == "valence" else regulation[scored]
+        rows = np.flatnonzero(top_third(-score if selection == "inverted" else score, groups))
+    return [texts[i] for i in np.random.default_rng(seed).permutation(rows)]
+
+
+def blocks(tokenizer, texts: list[str], length: int, count: int) -> list[list[int]]:
+    """`count` blocks of `length` tokens, passages one after another with the end token between them.
+
+    Raises:
+        ValueError: the passages have fewer tokens.
+    """
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) >= length * count:
+            return [ids[start : start + length] for start in range(0, length * count, length)]
+    raise ValueError(f"`tokens` asks for {length * count:,}, the selection has {len(ids):,}; lower it or add texts")
+
+
+def load(args: SelectionConfig) -> tuple[list[str], np.ndarray, list[str]]:
+    """Texts, regulation (NaN where null) and groups of the pool, in the pool's order.
+
+    Raises:
+        ValueError: a column is missing, or the scores are of other documents.
+    """
+    import pyarrow.parquet as pq
+
+    pool = pq.read_table(args.pool)
+    if missing := {"id", "text", args.group_column} - set(pool.column_names):
+        raise ValueError(f"{args.pool}: no column {', '.join(sorted(missing))}; there are {pool.column_names}")
+    table = pq.read_table(Path(args.scores) / "scores", columns=["id", "regulation"])
+    scores = dict(zip(*(table[name].to_pylist() for name in ("id", "regulation")), strict=True))
+    ids = pool["id"].to_pylist()
+    if unscored := [id_ for id_ in ids if id_ not in scores]:
+        raise ValueError(f"{args.scores} lacks {len(unscored)} ids of {args.pool}, such as {unscored[0]!r}; score it")
+    regulation = np.array([np.nan if scores[id_] is None else scores[id_] for id_ in ids], float)
+    return pool["text"].to_pylist(), regulation, [str(name) for name in pool[args.group_column].to_pylist()]
+
+
+def main(args: SelectionConfig, training_args, model_args) -> None:
+    from datasets import Dataset
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTTrainer, get_peft_config
+
+    from calibrate import models
+
+    if args.selection not in SELECTIONS:
+        raise ValueError(f"`selection` is {args.selection!r}; allowed: {', '.join(SELECTIONS)}")
+    out = Path(training_args.output_dir)
+    if (out / "finished").is_file():
+        return print(f"{out} already holds this run, finished; nothing to do")
+    texts = choose(args.selection, *load(args), training_args.seed)
+    checkpoint = models.load(model_args.model_name_or_path, revision=model_args.model_revision)
+    length = training_args.max_length
+    rows = blocks(checkpoint.tokenizer, texts, length, args.tokens // length)
+    print(f"{args.selection}: {len(rows)} blocks of {length} tokens, of {len(texts):,} passages")
+    trainer = SFTTrainer(
+        model=checkpoint.model,
+        args=training_args,
+        processing_class=checkpoint.tokenizer,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        peft_config=get_peft_config(model_args),
+    )
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(out))
+    aside = out / "finished.partial"
+    aside.write_text("", encoding="utf-8")
+    os.replace(aside, out / "finished")
+
+
+if __name__ == "__main__":
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    try:
+        main(*TrlParser([SelectionConfig, SFTConfig, ModelConfig]).parse_args_and_config())  # ty: ignore
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

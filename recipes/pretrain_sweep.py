@@ -1,0 +1,139 @@
+"""
+Selections x seeds of continued pretraining, each audited, beside one another in one comparison.
+
+```bash
+python recipes/pretrain_sweep.py --config recipes/smollm2-135m/pretrain.yaml --seeds 0 1 2 \
+    --out runs/pretrain --results recipes/smollm2-135m/pretrain
+```
+
+Every step is skipped when its output is there, so the same command goes on after a stop; a run that has its row in
+`--results` is not repeated. Options after `--` go to the recipe.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pretrain import SELECTIONS  # the scripts beside this one
+from sweep import calibrate, call, put
+
+from calibrate import stats
+from calibrate.audit import readers
+from calibrate.audit.record import Record, load_record
+
+HERE = Path(__file__).parent
+CONCEPTS = ("desperate", "calm", "afraid", "angry")
+COLUMNS = {
+    **{f"{name}_neutral": f"{name} on neutral text, change, sigma" for name in CONCEPTS},
+    **{f"{name}_failing": f"{name} on failing contexts, change, sigma" for name in CONCEPTS},
+    "margin": "honest over gaming, change, nats per token",
+    "emotion_change": "what others feel, log-odds, change, nats",
+    "perplexity": "perplexity on neutral text, change, %",
+}
+
+
+def row_of(name: str, selection: str, before: Record, after: Record) -> dict[str, Any]:
+    """Name, selection and every figure of `COLUMNS` with its 95 % interval over tasks or texts."""
+    found: dict[str, Any] = {
+        f"{concept}_{kind}": stats.mean(header(after, concept, kind) - header(before, concept, kind))
+        for concept in CONCEPTS
+        for kind in ("neutral", "failing")
+    }
+    figures = readers.compare(before, after).figures
+    loss = figures["loss_change"]
+    found["perplexity"] = [100 * float(np.expm1(value)) for value in loss] if loss else None
+    return {"run": name, "selection": selection} | found | {key: figures[key] for key in ("margin", "emotion_change")}
+
+
+def header(record: Record, concept: str, kind: str) -> np.ndarray:
+    """Reading at the turn header by task, mean over the band, sigma."""
+    at, row = record.vectors.positions(record.vectors.used_band()), record.vectors.index(concept)
+    readings = record.profile.readings(record.vectors)["header"]
+    return record.profile.by_task(kind, readings)[:, row][:, at].mean(1)
+
+
+def write(folder: Path) -> None:
+    """comparison.md and comparison.png from every row in the folder, selection by selection."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/row.json"))]
+    rows.sort(key=lambda row: SELECTIONS.index(row["selection"]))
+    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in rows:
+        cells = ["-" if row[key] is None else "{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) for key in COLUMNS]
+        lines.append(f"| {row['run']} | " + " | ".join(cells) + " |")
+    put(folder / "comparison.md", "\n".join(lines))
+    plot(rows, folder / "comparison.png")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every run as a dot with its interval, one panel for each figure; colours are selections."""
+    from matplotlib.figure import Figure
+
+    columns = {key: title for key, title in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    figure = Figure(figsize=(2.6 * len(columns), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for panel, (key, title) in zip(panels, columns.items(), strict=True):
+        for height, row in enumerate(rows):
+            if row[key] is not None:
+                middle, low, high = row[key]
+                colour = f"C{SELECTIONS.index(row['selection'])}"
+                panel.plot([low, high], [height, height], color=colour, linewidth=2, alpha=0.5)
+                panel.plot([middle], [height], "o", color=colour, markersize=5)
+        panel.axvline(0, color="#999999", linewidth=0.8)
+        panel.set_title(title.replace(", ", ",\n"), fontsize=8, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
+    panels[0].invert_yaxis()
+    aside = path.with_suffix(".partial.png")
+    figure.savefig(aside)
+    aside.replace(path)
+
+
+def main(words: list[str]) -> None:
+    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="the recipe's YAML")
+    parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--vectors", default="default")
+    parser.add_argument("--max-tasks", type=int, default=14, help="audit so many tasks (default: %(default)s)")
+    parser.add_argument("--max-concepts", type=int, default=43, help="own directions of so many concepts")
+    parser.add_argument("--launcher", type=Path, default=HERE.parent / "accelerate_configs" / "single_cpu.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")
+    arguments = parser.parse_args(own)
+    results = arguments.results or arguments.out
+    model = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))["model_name_or_path"]
+
+    def audit(which, out: Path) -> Record:
+        calibrate(
+            "audit", which, "--vectors", arguments.vectors, "--out", out, "--max-tasks", arguments.max_tasks,
+            "--max-concepts", arguments.max_concepts,
+        )  # fmt: skip
+        return load_record(out)
+
+    for seed in arguments.seeds:
+        for selection in arguments.selections:
+            name = f"{selection}-seed{seed}"
+            row = results / name / "row.json"
+            if row.is_file():
+                print(f"{row}: this run is finished; nothing to do", flush=True)
+                continue
+            before, folder = audit(model, arguments.out / "before"), arguments.out / name
+            call(
+                sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.launcher,
+                HERE / "pretrain.py", "--config", arguments.config, "--selection", selection, "--seed", seed,
+                "--output_dir", folder / "model", *rest,
+            )  # fmt: skip
+            found = row_of(name, selection, before, audit(folder / "model", folder / "audit"))
+            row.parent.mkdir(parents=True, exist_ok=True)
+            put(row, json.dumps(found, indent=1))
+            write(results)
+    print((results / "comparison.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,167 @@
+"""Continued pretraining on selections of a scored pool: books, selections, blocks, and two steps on the tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from records import BASELINE, LEVELS, make_record, make_vectors
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+import books  # noqa: E402
+import pretrain  # noqa: E402
+import pretrain_sweep  # noqa: E402
+
+
+def paragraph(words: int, word: str) -> str:
+    return " ".join([word] * words)
+
+
+def test_a_passage_is_whole_paragraphs_of_150_to_300_words():
+    text = "\n\n".join(
+        paragraph(n, w) for n, w in ((100, "a"), (60, "b"), (301, "long"), (149, "c"), (152, "d"), (9, "e"))
+    )
+    # a and b make one; the long one is left out, and with it nothing; c with d would be 301, so d stands alone.
+    found = books.passages(text)
+    assert [len(passage.split()) for passage in found] == [160, 152]
+    assert found[0] == f"{paragraph(100, 'a')}\n\n{paragraph(60, 'b')}"
+    assert set(found[1].split()) == {"d"}
+
+
+def test_only_what_stands_between_the_marks_is_the_book(tmp_path, monkeypatch, capsys):
+    text = "licence *** START OF THIS PROJECT GUTENBERG EBOOK X *** body café *** END OF THIS licence"
+    assert books.body(text, "x").strip() == "body café"
+    for cut in (text.replace("START OF", ""), text.replace("END OF", "")):
+        with pytest.raises(ValueError, match=r"x: no `\*\*\* START OF` and `\*\*\* END OF` marks"):
+            books.body(cut, "x")
+    (tmp_path / "7.txt").write_bytes(text.replace("body", paragraph(160, "wort")).encode("latin-1"))
+    monkeypatch.setattr(sys, "argv", ["books.py", str(tmp_path / "7.txt"), "--out", str(tmp_path / "pool.parquet")])
+    books.main()
+    assert "7: 1 passages" in capsys.readouterr().out
+    row = pq.read_table(tmp_path / "pool.parquet").to_pylist()[0]
+    assert (row["id"], row["book"], row["text"].split()[-1]) == ("7/00000", "7", "café")
+    monkeypatch.setattr(sys, "argv", ["books.py", str(tmp_path / "8.txt"), "--out", str(tmp_path / "pool.parquet")])
+    with pytest.raises(SystemExit, match=r"error: .*8\.txt"):
+        books.main()
+
+
+def test_selections_by_hand():
+    """Six passages of two books; b has no score in one of them, which no selection may draw."""
+    texts = ["a hate", "b love", "c so so", "d hate", "e love", "f so so"]
+    regulation = np.array([0.9, 0.5, 0.1, 0.2, np.nan, 0.8])
+    groups = ["x", "x", "x", "y", "y", "y"]
+
+    def drawn(selection, seed=0):
+        return pretrain.choose(selection, texts, regulation, groups, seed)
+
+    assert sorted(drawn("curated")) == ["a hate", "f so so"]
+    assert sorted(drawn("inverted")) == ["c so so", "d hate"]
+    assert sorted(drawn("valence")) == ["b love", "f so so"]
+    assert sorted(drawn("random")) == sorted(set(texts) - {"e love"})
+    assert drawn("random") == drawn("random")
+    assert len({tuple(drawn("random", seed)) for seed in range(5)}) > 1
+
+
+def test_blocks_are_full_and_joined_by_the_end_token(tokenizer):
+    end = tokenizer.eos_token_id
+    found = pretrain.blocks(tokenizer, ["one two", "three", "four five six"], 4, 2)
+    joined = [*tokenizer("one two")["input_ids"], end, *tokenizer("three")["input_ids"], end]
+    joined += tokenizer("four five six")["input_ids"]
+    assert found == [joined[:4], joined[4:8]]
+    with pytest.raises(ValueError, match=r"`tokens` asks for 4,000, the selection has \d+; lower it or add texts"):
+        pretrain.blocks(tokenizer, ["one two"], 4, 1000)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A pool of 12 passages, and scores of it in two shards and another order."""
+    ids = [f"p{i:02}" for i in range(12)]
+    texts = [f"passage {i} " + "she breathed and looked again " * 10 for i in range(12)]
+    pq.write_table(pa.table({"id": ids, "text": texts, "book": ["x", "y"] * 6}), tmp_path / "pool.parquet")
+    (tmp_path / "scored" / "scores").mkdir(parents=True)
+    for part, rows in enumerate((range(11, 5, -1), range(6))):
+        values = [None if i == 3 else i / 12 for i in rows]
+        table = pa.table({"id": [ids[i] for i in rows], "regulation": pa.array(values, pa.float32())})
+        pq.write_table(table, tmp_path / "scored" / "scores" / f"{part}.parquet")
+    return tmp_path
+
+
+def test_scores_go_with_their_passages(scored):
+    args = pretrain.SelectionConfig(str(scored / "pool.parquet"), str(scored / "scored"), "curated")
+    texts, regulation, groups = pretrain.load(args)
+    assert [text.split()[1] for text in texts] == [str(i) for i in range(12)]
+    assert np.isnan(regulation[3])
+    assert regulation[11] == pytest.approx(11 / 12)
+    assert groups == ["x", "y"] * 6
+    args.group_column = "author"
+    with pytest.raises(ValueError, match=r"no column author; there are \['id', 'text', 'book'\]"):
+        pretrain.load(args)
+    args.group_column = "book"
+    (scored / "scored" / "scores" / "0.parquet").unlink()
+    with pytest.raises(ValueError, match=r"lacks 6 ids of .*pool.parquet, such as 'p06'; score it"):
+        pretrain.load(args)
+
+
+def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys):
+    import runpy
+
+    out = scored / "run"
+    options = {"config": ROOT / "recipes" / "smollm2-135m" / "pretrain.yaml", "model_name_or_path": tiny_folder}
+    options |= {"pool": scored / "pool.parquet", "scores": scored / "scored", "selection": "curated", "tokens": 128}
+    options |= {"max_length": 32, "per_device_train_batch_size": 2, "output_dir": out}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    for said in ("curated: 4 blocks of 32 tokens, of 4 passages", "already holds this run, finished; nothing to do"):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+        assert said in capsys.readouterr().out
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert any(part.abs().max() > 0 for name, part in adapter.items() if "lora_B" in name)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words, "--selection", "best"])
+    with pytest.raises(SystemExit, match="error: `selection` is 'best'; allowed: curated, random, valence, inverted"):
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    assert torch.isfinite(torch.cat([part.flatten() for part in adapter.values()])).all()
+
+
+def test_a_row_by_hand():
+    """Calm (axis 1) rises by 1.5 on failing contexts, all else stays; a loss of 2.01 for 2: perplexity + 1.005 %."""
+    vectors = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2])
+    before = make_record(vectors, {"failing": {0: LEVELS, 1: 0.5}}, loss=2.0)
+    after = make_record(vectors, {"failing": {0: LEVELS, 1: 2.0}}, loss=2.01)
+    row = pretrain_sweep.row_of("curated-seed0", "curated", before, after)
+    assert (row["run"], row["selection"]) == ("curated-seed0", "curated")
+    assert row["calm_failing"][0] == pytest.approx(1.5, abs=1e-4)
+    for name in ("desperate_failing", "calm_neutral", "afraid_failing", "margin"):
+        assert row[name][0] == pytest.approx(0.0, abs=1e-4)
+    assert row["perplexity"][0] == pytest.approx(1.005, abs=1e-3)
+
+
+def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
+    vectors, commands = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2]), []
+    monkeypatch.setattr(pretrain_sweep, "call", lambda *words: commands.append(("train", *map(str, words))))
+    monkeypatch.setattr(pretrain_sweep, "calibrate", lambda *words: commands.append(tuple(map(str, words))))
+    monkeypatch.setattr(pretrain_sweep, "load_record", lambda folder: make_record(vectors, BASELINE))
+    config = tmp_path / "pretrain.yaml"
+    config.write_text("model_name_or_path: tiny\n")
+    words = ["--config", str(config), "--out", str(tmp_path / "out"), "--seeds", "3", "--selections", "curated"]
+    pretrain_sweep.main([*words, "--", "--tokens", "512"])
+    assert [command[:2] for command in commands[::2]] == [
+        ("audit", "tiny"),
+        ("audit", str(tmp_path / "out/curated-seed3/model")),
+    ]
+    train = commands[1]
+    assert train[train.index("--selection") :][:4] == ("--selection", "curated", "--seed", "3")
+    assert train[-2:] == ("--tokens", "512")
+    assert json.loads((tmp_path / "out/curated-seed3/row.json").read_text())["selection"] == "curated"
+    commands.clear()
+    pretrain_sweep.main([*words, "random"])
+    assert len(commands) == 3  # curated is finished
+    table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    assert [line.split(" |")[0] for line in table[2:]] == ["| curated-seed3", "| random-seed3"]
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+    assert "this run is finished" in capsys.readouterr().out
