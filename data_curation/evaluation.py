@@ -173,7 +173,7 @@ def figures(score: np.ndarray, null: np.ndarray, threshold: float, labels: Label
     """What one set of scores reaches on labelled passages; figures whose cells or labels are missing are left out.
 
     Args:
-        score: regulation of every passage, 0 to 1, also of those that are read as null.
+        score: regulation of every passage, 0 to 1; give 0.5 for those that are read as null.
         null: bool, which of them the scorer gives no regulation.
     """
     found = [Figure("AUC, high cells over low", *separation(score, labels), "by writer")] if labels.low.any() else []

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from data_curation import evaluation, features, ridge
+from data_curation import evaluation, features, kernels, ridge
 from data_curation.facets import LOW, STANCES
+from data_curation.kernels import Kernels
 from data_curation.label import read_rows
 from data_curation.scorer import EMOTIONS, FORMAT, GATES, Head
 
-PENALTIES = [0.1, 0.3, 1.0, 3.0]
+PENALTIES = {1: [0.1, 0.3, 1.0, 3.0], 2: [0.05, 0.02, 0.15, 0.5]}  # tried, by tier
 DEPTHS = (0.36, 0.43, 0.5, 0.53, 0.6, 0.67, 0.73, 0.77, 0.86)  # where a layer for tier 2 is looked for
+LAYERS_READ = 4
 THIRDS = ("first", "middle", "last")
 FALSE_NULLS = 0.02  # of the passages with a score, at most so many are read as having nothing to regulate
 GRIEF_KEPT, TOXIC_REJECTED = 0.95, 0.9  # what the threshold aims at
@@ -37,7 +39,7 @@ class Fitted(NamedTuple):
     null: np.ndarray  # bool: nothing to regulate
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
-    features: ridge.Features
+    alike: Kernels
     penalty: float
 
 
@@ -72,54 +74,65 @@ def fit(
     return tiers
 
 
-def first_tier(rows: list[dict[str, Any]], wanted: ridge.Targets) -> Fitted:
-    """Tier 1; its vocabulary is that of the rows fitted on, in every fold anew."""
+def word_kernels(rows: list[dict[str, Any]]) -> Kernels:
+    """By words and pairs; the vocabulary is that of the rows fitted on, in every fold anew."""
     texts = [row["text"] for row in rows]
 
-    def values(chosen: np.ndarray) -> np.ndarray:
+    def matrix(chosen: np.ndarray) -> np.ndarray:
         vocabulary, idf = features.build([texts[row] for row in chosen])
         return features.matrix(vocabulary, idf, texts)
 
+    return kernels.words(matrix)
+
+
+def first_tier(rows: list[dict[str, Any]], wanted: ridge.Targets) -> Fitted:
+    """Tier 1: a ridge over words and pairs of words."""
+    texts = [row["text"] for row in rows]
     vocabulary, idf = features.build(texts)
-    tensors = {"pairs": vocabulary.pairs, "idf": idf.astype(np.float16)}
-    return _tier(values, wanted, rows, {"words": " ".join(vocabulary.words)}, tensors)
+    fitted, dual = _tier(word_kernels(rows), wanted, rows, PENALTIES[1], {"words": " ".join(vocabulary.words)})
+    weights = features.matrix(vocabulary, idf, texts).T @ dual
+    fitted.tensors.update(pairs=vocabulary.pairs, idf=idf.astype(np.float16), weights=weights.astype(np.float16))
+    return fitted
 
 
 def second_tier(
     rows: list[dict[str, Any]], wanted: ridge.Targets, model: str, vectors: str | None, folder: Path | None
 ) -> Fitted:
-    """Tier 2; the layer is the one whose cross-validated regulation agrees best with the labels."""
+    """Tier 2: the same words, and states of the layers whose cross-validated heads agree best with the labels."""
     from calibrate import models
     from calibrate.vectors import load_vectors
     from data_curation import reader
 
     checkpoint = models.load(model)
-    text = models.text_config(checkpoint.model)
-    layers, emotional, tensors = candidate_layers(text.num_hidden_layers), [], {}
-    known: list[str] = []
+    shape = models.text_config(checkpoint.model)
+    layers, emotional, known = candidate_layers(shape.num_hidden_layers), [], []
+    tensors: dict[str, np.ndarray] = {}
     if vectors is not None:
         directions = load_vectors(vectors)
-        directions.check(text.hidden_size, text.num_hidden_layers, checkpoint.weight_hash, model)
+        directions.check(shape.hidden_size, shape.num_hidden_layers, checkpoint.weight_hash, model)
         known = [emotion for emotion in EMOTIONS if emotion in directions.concepts]
         emotional, tensors = directions.reading_layers(), reader.emotion_tensors(directions, known)
-    states = reader.cached(checkpoint, [row["text"] for row in rows], sorted({*layers, *emotional}), folder)
+    texts = [row["text"] for row in rows]
+    states = reader.cached(checkpoint, texts, sorted({*layers, *emotional}), folder)
     tried = {}
     for layer in layers:
-        raw = ridge.cross_validate(_scaled(states, [layer]), wanted, [1.0])[0]
-        tried[layer] = _quality(raw, wanted)
-    layer = max(tried, key=lambda layer: tried[layer])
-    used = sorted({layer, *emotional})
-    settings: dict[str, Any] = {
-        "model": model,
-        "weight_hash": checkpoint.weight_hash,
-        "layers": used,
-        "emotion_layers": emotional,
-    }
-    settings |= {"shape": [text.hidden_size, text.num_hidden_layers], "reads": [[third, layer] for third in THIRDS]}
-    settings |= {"layers_tried": tried, "vectors": vectors, "emotions": known}
-    fitted = _tier(_scaled(states, [layer]), wanted, rows, settings, tensors)
-    whole = _together(states, [layer])
-    fitted.tensors.update(mean=whole.mean(0), scale=_spread(whole))
+        raw = ridge.cross_validate(kernels.states(_together(states, [layer])), wanted, [PENALTIES[2][0]])[0]
+        tried[layer] = round(_quality(raw, wanted), 4)
+    read = sorted(sorted(tried, key=lambda layer: -tried[layer])[:LAYERS_READ])
+    settings: dict[str, Any] = {"model": model, "weight_hash": checkpoint.weight_hash, "vectors": vectors}
+    settings |= {"layers": sorted({*read, *emotional}), "emotion_layers": emotional, "emotions": known}
+    settings |= {"shape": [shape.hidden_size, shape.num_hidden_layers], "layers_tried": tried}
+    settings["reads"] = [[third, layer] for layer in read for third in THIRDS]
+    values = _together(states, read)
+    alike = kernels.together(kernels.states(values), word_kernels(rows))
+    fitted, dual = _tier(alike, wanted, rows, PENALTIES[2], settings)
+    embedding = kernels.embed(values)
+    vocabulary, idf = features.build(texts)
+    matrix = features.matrix(vocabulary, idf, texts)
+    words = matrix.T @ dual / (matrix**2).sum(1).mean()
+    tensors |= embedding._asdict() | {"states": dual.astype(np.float32), "weights": words.astype(np.float16)}
+    tensors |= {name: tensors[name].astype(np.float16) for name in ("components", "points")}
+    fitted.tensors.update(tensors)
     return fitted
 
 
@@ -128,22 +141,8 @@ def candidate_layers(depth: int) -> list[int]:
     return sorted({min(max(round(share * depth) - 1, 0), depth - 1) for share in DEPTHS})
 
 
-def _together(states: dict[tuple[str, int], np.ndarray], layers: list[int]) -> np.ndarray:
+def _together(states: dict, layers: list[int]) -> np.ndarray:
     return np.concatenate([states[third, layer] for layer in layers for third in THIRDS], 1)
-
-
-def _spread(values: np.ndarray) -> np.ndarray:
-    """Standard deviations times the root of the number of columns, so that a kernel's diagonal is about one."""
-    return ((values.std(0) + 1e-6) * np.sqrt(values.shape[1])).astype(np.float32)
-
-
-def _scaled(states: dict[tuple[str, int], np.ndarray], layers: list[int]) -> ridge.Features:
-    values = _together(states, layers)
-
-    def scaled(chosen: np.ndarray) -> np.ndarray:
-        return (values - values[chosen].mean(0)) / _spread(values[chosen])
-
-    return scaled
 
 
 def _quality(raw: np.ndarray, wanted: ridge.Targets) -> float:
@@ -154,12 +153,16 @@ def _quality(raw: np.ndarray, wanted: ridge.Targets) -> float:
 
 
 def _tier(
-    values: ridge.Features, wanted: ridge.Targets, rows: list[dict[str, Any]], settings: dict[str, Any], tensors: dict
-) -> Fitted:
-    """Chooses the penalty, calibrates on cross-validated numbers, sets gates and threshold, and fits on all rows."""
-    tried = ridge.cross_validate(values, wanted, PENALTIES)
-    best = max(range(len(PENALTIES)), key=lambda index: _quality(tried[index], wanted))
-    raw, penalty = tried[best], PENALTIES[best]
+    alike: Kernels, wanted: ridge.Targets, rows: list[dict[str, Any]], penalties: list[float], settings: dict[str, Any]
+) -> tuple[Fitted, np.ndarray]:
+    """Chooses the penalty, calibrates on cross-validated numbers, sets gates and threshold, and fits on all rows.
+
+    Returns:
+        the tier, its tensors still without weights, and the dual weights [rows, heads].
+    """
+    tried = ridge.cross_validate(alike, wanted, penalties)
+    best = max(range(len(penalties)), key=lambda index: _quality(tried[index], wanted))
+    raw, penalty = tried[best], penalties[best]
     labels, folds = wanted.labels, wanted.folds
     known = ~np.isnan(labels[:, 0])
     heads: dict[str, Head] = {}
@@ -174,11 +177,10 @@ def _tier(
     settings["threshold"] = choose_threshold(scores["regulation"], null, np.array([row.get("cell") for row in rows]))
     settings["escalate"] = choose_escalation(scores, gates, known)
     everything = np.arange(len(rows))
-    whole = values(everything).astype(np.float64)
-    dual, constant = ridge.heads(whole @ whole.T, wanted, everything, penalty)
-    tensors |= {"weights": (whole.T @ dual).astype(np.float32), "bias": constant.astype(np.float32)}
+    dual, constant = ridge.heads(alike(everything)[0], wanted, everything, penalty)
     config = {"names": wanted.names, "heads": {name: head._asdict() for name, head in heads.items()}}
-    return Fitted(raw, scores, null, config | {"settings": settings}, tensors, values, penalty)
+    bias = {"bias": constant.astype(np.float32)}
+    return Fitted(raw, scores, null, config | {"settings": settings}, bias, alike, penalty), dual
 
 
 def nothing(scores: dict[str, np.ndarray], gates: dict[str, float]) -> np.ndarray:
@@ -232,13 +234,8 @@ def _write(out: Path, config: dict[str, Any], tiers: dict[int, Fitted]) -> None:
         whole = Path(aside) / out.name
         whole.mkdir()
         for number, tier in tiers.items():
-            tensors = tier.tensors
-            if number == 1:  # thousands of rows: half precision moves a score by less than 0.001
-                tensors = tensors | {"weights": tensors["weights"].astype(np.float16)}
-            save_file(
-                {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-                whole / f"tier{number}.safetensors",
-            )
+            whole_rows = {name: np.ascontiguousarray(value) for name, value in tier.tensors.items()}
+            save_file(whole_rows, whole / f"tier{number}.safetensors")
         (whole / "scorer.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         os.rename(whole, out)
@@ -249,10 +246,11 @@ def evaluate(rows: list[dict[str, Any]], fitted: Fitted) -> list[evaluation.Figu
     labels = evaluation.labelled(rows, valence([row["text"] for row in rows]))
     wanted = ridge.targets(rows)
     threshold = fitted.config["settings"]["threshold"]
-    found = evaluation.figures(fitted.scores["regulation"], fitted.null, threshold, labels)
+    score = np.where(fitted.null, 0.5, fitted.scores["regulation"])
+    found = evaluation.figures(score, fitted.null, threshold, labels)
     for cell in [cell for cell in LOW if (labels.cells == cell).any() and labels.high.any()]:
         left = labels.cells == cell
-        raw = ridge.cross_validate(fitted.features, wanted, [fitted.penalty], left)[0, :, 0]
+        raw = ridge.cross_validate(fitted.alike, wanted, [fitted.penalty], left)[0, :, 0]
         side = labels._replace(cells=np.where(labels.high | left, labels.cells, ""))
         interval = evaluation.separation(raw, side)
         found.append(evaluation.Figure(f"AUC without {cell.replace('_', ' ')} in fitting", *interval, "by writer"))

@@ -1,16 +1,18 @@
 """Linear heads from labelled passages: ridge regression by its kernel, cross-validation, and what its numbers mean."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_curation.facets import FACETS, STANCES
+from data_curation.facets import FACETS, MALADAPTIVE, STANCES
+from data_curation.kernels import Kernels
 from data_curation.scorer import Head
 
 # Held constant in the fit of `regulation`: it is not to be learnt from how much a passage hurts.
 HELD = ("distress", "hostility")
+# A passage's maladaptive facets count once more, so that a kind of harm nobody has labelled regulation for is seen.
+HARM, HARM_MOST = 0.5, 1.5
 LEVELS = 4  # of a facet's label
 EDGES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1)  # quantiles between a head's knots
 COVERAGE = 0.9  # of an interval
@@ -23,6 +25,7 @@ class Targets(NamedTuple):
     names: list[str]
     labels: np.ndarray
     held: np.ndarray  # [rows, held facets]
+    harm: np.ndarray  # [rows], taken off the regulation that is learnt
     folds: np.ndarray  # [rows]
 
 
@@ -47,7 +50,9 @@ def targets(rows: list[dict[str, Any]]) -> Targets:
     columns = [regulation, *([row["facets"][facet] / LEVELS for row in rows] for facet in known)]
     columns += [[float(row.get("stance", "modelled") == stance) for row in rows] for stance in STANCES]
     held = [[row["facets"][facet] / LEVELS for facet in HELD if facet in known] for row in rows]
-    return Targets(["regulation", *known, *STANCES], np.array(columns).T, np.array(held), folds(rows))
+    harm = [sum(row["facets"][facet] for facet in MALADAPTIVE if facet in known) / LEVELS for row in rows]
+    harm = HARM * np.minimum(harm, HARM_MOST)
+    return Targets(["regulation", *known, *STANCES], np.array(columns).T, np.array(held), harm, folds(rows))
 
 
 def folds(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -82,7 +87,8 @@ def solve(kernel: np.ndarray, labels: np.ndarray, held: np.ndarray, penalty: flo
 
 def heads(kernel: np.ndarray, wanted: Targets, rows: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
     """Dual weights [rows, heads] of all heads, fitted on some rows of the targets; `kernel` is of these rows."""
-    labels = wanted.labels[rows]
+    labels = wanted.labels[rows].copy()
+    labels[:, 0] -= wanted.harm[rows]
     none = np.zeros((len(rows), 0))
     dual, constant = np.zeros(labels.shape), np.zeros(labels.shape[1])
     dual[:, 1:], constant[1:] = solve(kernel, labels[:, 1:], none, penalty)
@@ -92,22 +98,18 @@ def heads(kernel: np.ndarray, wanted: Targets, rows: np.ndarray, penalty: float)
     return dual, constant
 
 
-Features = Callable[[np.ndarray], np.ndarray]  # rows to fit on -> features of all rows [rows, features]
-
-
 def cross_validate(
-    features: Features, wanted: Targets, penalties: list[float], leave: np.ndarray | None = None
+    kernels: Kernels, wanted: Targets, penalties: list[float], leave: np.ndarray | None = None
 ) -> np.ndarray:
     """Raw numbers [penalties, rows, heads] of rows from heads that saw neither their fold nor the rows `leave`."""
     result = np.zeros((len(penalties), *wanted.labels.shape))
     for fold in np.unique(wanted.folds):
         left = wanted.folds == fold
         fit = np.flatnonzero(~left if leave is None else ~left & ~leave)
-        values = features(fit).astype(np.float64)
-        kernel, across = values[fit] @ values[fit].T, values[left] @ values[fit].T
+        kernel, across = kernels(fit)
         for index, penalty in enumerate(penalties):
             dual, constant = heads(kernel, wanted, fit, penalty)
-            result[index, left] = across @ dual + constant
+            result[index, left] = across[left] @ dual + constant
     return result
 
 

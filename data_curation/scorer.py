@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
-from data_curation import features
+from data_curation import features, kernels
 from data_curation.facets import FACETS, MALADAPTIVE, STANCES
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -50,7 +50,6 @@ class Tier(NamedTuple):
     number: int
     names: list[str]
     heads: dict[str, Head]  # of regulation and the facets
-    weights: np.ndarray  # float32 [features, heads]
     bias: np.ndarray  # float32 [heads]
     settings: dict[str, Any]  # gates, threshold; tier 1: words, escalate; tier 2: layers, reads, model
 
@@ -79,9 +78,7 @@ def load_scorer(source: str = "default", tier: str = "auto", model: str | None =
     content = (folder / "scorer.json").read_bytes()
     config = json.loads(content)
     if config.get("format") != FORMAT:
-        raise ValueError(
-            f"scorer {source!r} has format {config.get('format')}, not {FORMAT}; fit it again"
-        )
+        raise ValueError(f"scorer {source!r} has format {config.get('format')}, not {FORMAT}; fit it again")
     if tier == "2" and "tier2" not in config:
         raise ValueError(f"scorer {source!r} has no tier 2; use tier 1, or fit it with `--model`")
     digest = hashlib.sha256(tier.encode() + content)
@@ -93,55 +90,66 @@ def load_scorer(source: str = "default", tier: str = "auto", model: str | None =
     return Scorer(first, second, digest.hexdigest()[:32])
 
 
-def _tier(number: int, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Tier:
+def _tier(number: int, config: dict[str, Any], bias: np.ndarray) -> Tier:
     heads = {name: Head(**knots) for name, knots in config["heads"].items()}
-    weights, bias = (tensors[name].astype(np.float32) for name in ("weights", "bias"))
-    return Tier(number, config["names"], heads, weights, bias, config["settings"])
+    return Tier(number, config["names"], heads, bias, config["settings"])
+
+
+class Words:
+    """Weights of words and pairs: a text's number is a sum over its tokens, by the root of their squared idf."""
+
+    def __init__(self, vocabulary: features.Vocabulary, idf: np.ndarray, weights: np.ndarray):
+        self.vocabulary, idf = vocabulary, idf.astype(np.float32)[:, None]
+        self.table = np.concatenate([idf * weights.astype(np.float32), idf**2], 1)
+
+    def read(self, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
+        """Numbers of every window and then its thirds, float32 [windows, 1 + PARTS, heads]."""
+        parts = features.sums(self.vocabulary, self.table, text, spans)
+        whole = np.concatenate([parts.sum(1, keepdims=True), parts], 1)
+        return whole[..., :-1] / np.sqrt(np.maximum(whole[..., -1:], np.float32(1e-9)))
 
 
 class FirstTier:
     """Tier 1: raw numbers of windows from the words and pairs in them."""
 
-    def __init__(self, tier: Tier, vocabulary: features.Vocabulary, idf: np.ndarray):
-        self.tier, self.vocabulary = tier, vocabulary
-        # A text's raw number is a sum of idf * weight over its tokens, over the root of the sum of idf ** 2.
-        self.table = np.concatenate([idf[:, None] * tier.weights, idf[:, None] ** 2], 1).astype(np.float32)
+    def __init__(self, tier: Tier, words: Words):
+        self.tier, self.words = tier, words
 
     def read(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, None]:
-        """Raw numbers of every window and then its thirds, float32 [windows, 1 + PARTS, heads]; no emotions."""
-        parts = features.sums(self.vocabulary, self.table, text, spans)
-        whole = np.concatenate([parts.sum(1, keepdims=True), parts], 1)
-        return whole[..., :-1] / np.sqrt(np.maximum(whole[..., -1:], 1e-9)) + self.tier.bias, None
+        """Raw numbers [windows, 1 + PARTS, heads]: of the window and of its thirds; no emotions."""
+        return self.words.read(text, spans) + self.tier.bias, None
+
+
+class SecondTier:
+    """Tier 2: raw numbers of windows from words and a language model's states, and its emotion readings."""
+
+    def __init__(self, tier: Tier, words: Words, tensors: dict[str, np.ndarray], checkpoint):
+        self.tier, self.words, self.tensors, self.checkpoint = tier, words, tensors, checkpoint
+        self.embedding = kernels.Embedding(*(tensors[name] for name in kernels.Embedding._fields))
+
+    def read(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Raw numbers [windows, 1 + PARTS, heads], and emotions in sigma of neutral text [windows, emotions]."""
+        from data_curation import reader
+
+        settings = self.tier.settings
+        raw, emotions = self.words.read(text, spans) + self.tier.bias, []
+        for window, (start, end) in enumerate(spans):
+            states = reader.read(self.checkpoint, [text[start:end]], settings["layers"])[0]
+            for part, third in enumerate((None, *reader.POOLS[1:])):
+                # One point at a time: the last bits of a product of matrices depend on how many rows it has.
+                point = self.embedding.project(reader.select(states, settings, third))
+                raw[window, part] += self.embedding.alike(point) @ self.tensors["states"]
+            if settings["emotions"]:
+                emotions.append(reader.emotions(states, settings, self.tensors))
+        return raw, np.stack(emotions).astype(np.float32) if emotions else None
 
 
 def _first(folder: Path, config: dict[str, Any]) -> FirstTier:
     tensors = load_file(folder / "tier1.safetensors")
     words = {word: row for row, word in enumerate(config["tier1"]["settings"]["words"].split())}
     vocabulary = features.Vocabulary(words, tensors["pairs"])
-    return FirstTier(_tier(1, config["tier1"], tensors), vocabulary, tensors["idf"].astype(np.float32))
-
-
-class SecondTier:
-    """Tier 2: raw numbers of windows from a language model's states, and its emotion readings."""
-
-    def __init__(self, tier: Tier, tensors: dict[str, np.ndarray], checkpoint):
-        self.tier, self.tensors, self.checkpoint = tier, tensors, checkpoint
-
-    def read(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Raw numbers [windows, 1 + PARTS, heads], and emotions in sigma of neutral text [windows, emotions]."""
-        from data_curation import reader
-
-        settings, raw = self.tier.settings, []
-        emotions = [] if settings["emotion_layers"] else None
-        for start, end in spans:
-            states = reader.read(self.checkpoint, [text[start:end]], settings["layers"])[0]
-            wholes = [reader.select(states, settings, part) for part in (None, "first", "middle", "last")]
-            scaled = [(whole - self.tensors["mean"]) / self.tensors["scale"] for whole in wholes]
-            # One window at a time: the last bits of a product of matrices depend on how many rows it has.
-            raw.append(np.stack([row @ self.tier.weights for row in scaled]) + self.tier.bias)
-            if emotions is not None:
-                emotions.append(reader.emotions(states, settings, self.tensors))
-        return np.stack(raw).astype(np.float32), None if emotions is None else np.stack(emotions).astype(np.float32)
+    tier = _tier(1, config["tier1"], tensors["bias"])
+    return FirstTier(tier, Words(vocabulary, tensors["idf"], tensors["weights"]))
 
 
 def _second(folder: Path, config: dict[str, Any], model: str | None, digest) -> SecondTier:
@@ -158,7 +166,10 @@ def _second(folder: Path, config: dict[str, Any], model: str | None, digest) -> 
         )
     digest.update(f"{checkpoint.weight_hash} {checkpoint.adapter_hash} {checkpoint.model.dtype}".encode())
     tensors = load_file(folder / "tier2.safetensors")
-    return SecondTier(_tier(2, config["tier2"], tensors), tensors, checkpoint)
+    tensors |= {name: tensors[name].astype(np.float32) for name in ("components", "points")}
+    first = _first(folder, config).words  # both tiers have the same vocabulary
+    words = Words(first.vocabulary, load_file(folder / "tier1.safetensors")["idf"], tensors["weights"])
+    return SecondTier(_tier(2, config["tier2"], tensors["bias"]), words, tensors, checkpoint)
 
 
 class Scorer:

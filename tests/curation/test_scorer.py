@@ -76,7 +76,7 @@ def test_sums_over_thirds_add_up_to_the_row_of_the_matrix():
 def tier(**settings) -> Tier:
     heads = dict.fromkeys(NAMES, STRAIGHT)
     gates = {"affect_present": 0.3, "corner_cutting": 0.5, "invalidation": 0.5}
-    return Tier(1, NAMES + STANCES, heads, np.zeros(0), np.zeros(0), {"gates": gates, **settings})
+    return Tier(1, NAMES + STANCES, heads, np.zeros(0), {"gates": gates, **settings})
 
 
 def raw(*windows: dict) -> np.ndarray:
