@@ -159,11 +159,12 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
             calibrate(*command)
     (partial,) = tmp_path.iterdir()
     assert {path.name for path in partial.iterdir()} == {
-        "states", "rollouts.jsonl", "preferences.json", "dose-desperate.json",
+        "states", "rollouts.jsonl", "replies.json", "preferences.json", "steered.json", "dose-desperate.json",
     }  # fmt: skip
     measured = []
     monkeypatch.setattr(dose, "measure", lambda *given: measured.append(given[2]) or measure(*given))
-    monkeypatch.setattr("calibrate.audit.preferences.ask", pytest.fail)
+    for again in ("preferences.ask", "preferences.steered", "agents.reply"):
+        monkeypatch.setattr(f"calibrate.audit.{again}", pytest.fail)
     calibrate(*command)
     assert measured == ["random 1"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -173,4 +174,9 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     assert {*load_record(tmp_path / "out").own.directions} == {"stories", "logistic", "domain", "deflection"}
     assert [curve["name"] for curve in more["dose"]] == ["desperate", "random 1"]
     assert len(more["preferences"]["elo"]) == 2
+    assert {*more["preferences"]["steered"]} == {"desperate", "random 1"}
+    kinds = [row["kind"] for row in more["replies"]]  # two mailboxes four times each, and two prompts
+    assert (len([kind for kind in kinds if kind.startswith("mailbox")]), len(kinds)) == (8, 10)
+    assert more["crossing"] is None  # nothing before it
+    assert len(more["relearning"]["readings"]) == 2
     assert len({row["key"][0] for row in more["rollouts"]}) == 2

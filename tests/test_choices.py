@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate import models, transcripts
-from calibrate.audit import choices, comprehension, preferences
+from calibrate import activations, models, steering, transcripts
+from calibrate.audit import choices, comprehension, dose, preferences
 from calibrate.audit.choices import Question
 from calibrate.corpora.situations import Activity, Crisis, Passage, load
+from calibrate.vectors import load_vectors
 
 
 def ask(text: str) -> list[dict[str, str]]:
@@ -64,6 +65,56 @@ def test_compression_is_no_effect_and_a_shift_is():
     moved = preferences.shift(before, after + 50 * steered, steered)
     assert moved.residual.estimate == pytest.approx(50, abs=5)
     assert moved.residual.above(40)
+
+
+@pytest.fixture
+def shifted(tiny, tiny_vectors):
+    """What steering `count` activities of the tiny model along desperate and a random direction does, at a dose."""
+    vectors = load_vectors(str(tiny_vectors))
+    directions = dose.directions(vectors, ["desperate"], 1, seed=0)
+    return lambda activities, share: preferences.steered(tiny, vectors, activities, directions, share)
+
+
+def test_without_a_dose_steering_does_nothing_and_with_one_it_does(shifted):
+    activities = load(Activity)[::9][:6]
+    still = shifted(activities, 0.0)
+    assert [*still] == ["desperate", "random 1"]
+    for shift in still.values():
+        assert shift.raw == pytest.approx((0, 0, 0), abs=1e-6)
+        assert (shift.slope, shift.residual.estimate) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    moved = shifted(activities, 2.0)
+    assert all(abs(shift.raw.estimate) > 1e-3 for shift in moved.values())
+
+
+def test_the_words_of_every_second_activity_are_steered_and_no_others(tiny, tiny_vectors, monkeypatch):
+    """The added vector stands at the tokens of the text of activities 0 and 2, on either place, in padded batches."""
+    vectors, activities = load_vectors(str(tiny_vectors)), load(Activity)[::9][:4]
+    added, read, made, build = [], [], [], steering.Steering
+    monkeypatch.setattr(steering, "Steering", lambda *given: made.append(build(*given)) or made[0])
+
+    def answer(checkpoint, questions, description, steer=None):
+        if steer:
+            read.extend(questions)
+            encoded = [transcripts.encode(tiny.tokenizer, q.messages, q.prefill) for q in questions]
+            batch = activations.collate([*range(len(questions))], [e.ids for e in encoded], "cpu", side="left")
+            steer(batch)
+            places = made[0].add[2].abs().sum(-1) > 0
+            for row, text in enumerate(encoded):
+                at = places[row, int(batch.first[row]) :].nonzero()[:, 0].tolist()
+                added.append("|".join(text.text[a:b] for a, b in (text.offsets[token] for token in at)))
+        return np.zeros((len(questions), 2))
+
+    monkeypatch.setattr(preferences, "log_probabilities", answer)
+    directions = dose.directions(vectors, ["desperate"], 0, seed=0)
+    preferences.steered(tiny, vectors, activities, directions, 0.5)
+    assert made[0]._fired.keys() == {2}  # the band
+    texts = [activity.text for activity in activities]
+    assert len(read) == len(added) == 4 * 2 * 2
+    for question, steered in zip(read, added, strict=True):
+        content = question.messages[0]["content"]
+        told = sorted((content.index(text), text) for text in texts if text in content)
+        expected = "".join(text for _, text in told if texts.index(text) % 2 == 0)
+        assert steered.replace("|", "").replace(" ", "") == expected.replace(" ", "")
 
 
 def test_all_ordered_pairs_are_asked(monkeypatch, tiny_folder):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from calibrate import activations
+from calibrate import activations, transcripts
 from calibrate.audit.rollouts import Rollout, Task
 from calibrate.models import Checkpoint
 
@@ -99,3 +99,17 @@ def answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list
     )
     added = made[:, batch.inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(added, skip_special_tokens=True)
+
+
+def reply(checkpoint: Checkpoint, chats: list[list[dict[str, str]]], settings: Settings) -> list[str | None]:
+    """One reply to each chat, in order; None where chat and reply do not fit the model's window."""
+    window = getattr(checkpoint.model.config, "max_position_embeddings", None) or 10**9
+    encoded = [transcripts.encode(checkpoint.tokenizer, messages, "") for messages in chats]
+    fitting = [i for i, text in enumerate(encoded) if len(text.ids) + settings.max_new_tokens <= window]
+    found: list[str | None] = [None] * len(chats)
+    for start in tqdm(range(0, len(fitting), settings.batch), desc="writing replies", unit="batch"):
+        rows = fitting[start : start + settings.batch]
+        torch.manual_seed(settings.seed * 1_000_003 + start)
+        for row, text in zip(rows, answer(checkpoint, [encoded[i].text for i in rows], settings), strict=True):
+            found[row] = text
+    return found

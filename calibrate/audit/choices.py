@@ -1,6 +1,7 @@
 """Closed questions: how likely each of a few one-token answers is, without generation and without a judge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,16 @@ class Question(NamedTuple):
     prefill: str = "("
 
 
-def log_probabilities(checkpoint: Checkpoint, questions: list[Question], description: str) -> np.ndarray:
+def log_probabilities(
+    checkpoint: Checkpoint,
+    questions: list[Question],
+    description: str,
+    steer: Callable[[activations.Batch], AbstractContextManager] | None = None,
+) -> np.ndarray:
     """Log-probability of every option, nats, [questions, options]; all questions have as many.
+
+    Args:
+        steer: gives for a batch of questions (`rows` are their places) a context in which it is read.
 
     Raises:
         ValueError: an option is more than one token, or a question has another number of options.
@@ -39,7 +48,8 @@ def log_probabilities(checkpoint: Checkpoint, questions: list[Question], descrip
     with torch.no_grad(), tqdm(total=len(questions), desc=description, unit="question") as bar:
         for rows in activations.token_budget_batches([len(ids) for ids in sequences], TOKEN_BUDGET):
             batch = activations.collate(rows, sequences, device, side="left")
-            logits = checkpoint.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            with steer(batch) if steer else nullcontext():
+                logits = checkpoint.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
             options = torch.tensor([answers[row] for row in rows], device=device)
             found[rows] = logits.log_softmax(-1).gather(1, options).cpu()
             bar.update(len(rows))

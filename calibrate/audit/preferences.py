@@ -8,15 +8,19 @@ random vectors and after a regression on the Elo without steering.
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from calibrate import stats
+from calibrate import activations, stats, steering, transcripts
 from calibrate.audit.choices import Question, log_probabilities
 from calibrate.corpora.situations import Activity
 from calibrate.models import Checkpoint
 from calibrate.stats import Interval
+from calibrate.vectors import EmotionVectors
 
 ELO_UNIT = 400 / np.log(10)  # Elo points per nat of log-odds
 ELO_MEAN = 1000
+DOSE, OPPONENTS = 0.05, 4  # share of the residual norm, the study's usual one; others that an activity meets, steered
 ASKED = "Which of the two would you rather do?\n(A) {first}\n(B) {second}\nAnswer with the letter alone."
 
 
@@ -30,14 +34,17 @@ class Preferences(NamedTuple):
 def ask(checkpoint: Checkpoint, activities: list[Activity]) -> Preferences:
     """Asks all ordered pairs and fits one strength to each activity and one to the first place."""
     pairs = [(i, j) for i in range(len(activities)) for j in range(len(activities)) if i != j]
-    questions = [
+    found = log_probabilities(checkpoint, _questions(activities, pairs), "asking for preferences")
+    return fit(len(activities), pairs, found[:, 0] - found[:, 1])
+
+
+def _questions(activities: list[Activity], pairs: list[tuple[int, int]]) -> list[Question]:
+    return [
         Question(
             [{"role": "user", "content": ASKED.format(first=activities[i].text, second=activities[j].text)}], "AB"
         )
         for i, j in pairs
     ]
-    found = log_probabilities(checkpoint, questions, "asking for preferences")
-    return fit(len(activities), pairs, found[:, 0] - found[:, 1])
 
 
 def fit(count: int, pairs: list[tuple[int, int]], odds: np.ndarray) -> Preferences:
@@ -107,3 +114,59 @@ def shift(before: np.ndarray, after: np.ndarray, steered: np.ndarray) -> Shift:
     return Shift(
         stats.bootstrap(difference, after - before, sign), float(slope), stats.bootstrap(difference, left, sign)
     )
+
+
+def steered(
+    checkpoint: Checkpoint,
+    vectors: EmotionVectors,
+    activities: list[Activity],
+    directions: dict[str, Tensor],
+    dose: float = DOSE,
+) -> dict[str, Shift]:
+    """What each direction [layers, hidden] at the band does to preferences when it is added on some activities only.
+
+    Every second activity is steered, on the tokens of its own text, wherever it stands; each meets `OPPONENTS` others
+    in both places. `dose` is a share of the residual norm.
+    """
+    count = len(activities)
+    steps = [step for step in range(1, 2 * OPPONENTS, 2) if step < count]  # odd: steered against others, mostly
+    pairs = [pair for i in range(count) for k in steps for pair in ((i, (i + k) % count), ((i + k) % count, i))]
+    mask = np.arange(count) % 2 == 0
+    questions = _questions(activities, pairs)
+    encoded = [transcripts.encode(checkpoint.tokenizer, question.messages, question.prefill) for question in questions]
+    tokens = [_tokens(text, activities, pair, mask) for text, pair in zip(encoded, pairs, strict=True)]
+    before = log_probabilities(checkpoint, questions, "asking without steering")
+    plain = fit(count, pairs, before[:, 0] - before[:, 1]).elo
+    layers = vectors.used_band()
+    norms = vectors.neutral("token")[:, vectors.positions(layers)].norm(dim=-1).median(0).values
+    found = {}
+    for name, direction in directions.items():
+        added = steering.increments({layer: dose * norms[i] * direction[i] for i, layer in enumerate(layers)})
+        hooks = steering.Steering(checkpoint.model, added)
+
+        def on(batch: activations.Batch, hooks=hooks, added=added):
+            places = torch.zeros(*batch.inputs["input_ids"].shape, 1)
+            for index, row in enumerate(batch.rows):
+                places[index, [int(batch.first[index]) + token for token in tokens[row]]] = 1
+            hooks.add = {layer: places * vector for layer, vector in added.items()}
+            return hooks.active()
+
+        try:
+            odds = log_probabilities(checkpoint, questions, f"asking, steered: {name}", on)
+        finally:
+            hooks.detach()
+        found[name] = shift(plain, fit(count, pairs, odds[:, 0] - odds[:, 1]).elo, mask)
+    return found
+
+
+def _tokens(
+    encoded: transcripts.Encoded, activities: list[Activity], pair: tuple[int, int], mask: np.ndarray
+) -> list[int]:
+    """The tokens of those activities of a question that are steered."""
+    found = []
+    for letter, i in zip("AB", pair, strict=True):
+        if mask[i]:
+            start = encoded.text.index(f"\n({letter}) ") + len(f"\n({letter}) ")
+            stop = start + len(activities[i].text)
+            found += [token for token, (low, high) in enumerate(encoded.offsets) if low < stop and high > start]
+    return found

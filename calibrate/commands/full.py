@@ -9,6 +9,7 @@ from typing import Any
 
 DOSED = ("calm", "angry")  # steered beside the target, and as many random directions
 CROSSED = 12  # tasks whose replies are written and read by both models
+BOX_SAMPLES = 4  # replies to each mailbox, of which there are few
 RELEARNT = 8  # tasks that are read while benign fine-tuning goes on
 
 
@@ -24,30 +25,55 @@ def read(
     tasks = corpora.spread(rollouts.load_tasks(), arguments.max_rows)
     settings = agents.Settings(max_new_tokens=arguments.max_new_tokens)
     played = agents.play(checkpoint, tasks, settings, partial / "rollouts.jsonl")
+    told = _kept(partial / "replies.json", lambda: _replies(checkpoint, settings, arguments.max_rows))
     activities = corpora.spread(load(Activity), arguments.max_rows)
     liked = _kept(partial / "preferences.json", lambda: _preferences(checkpoint, vectors, activities, preferences))
-    curves = []
     concepts = [name for name in (arguments.target, *DOSED) if name in vectors.concepts]
+    directions = dose.directions(vectors, concepts, len(concepts), seed=0)
+
+    def steered():
+        found = preferences.steered(checkpoint, vectors, activities, directions)
+        return {name: shift._asdict() for name, shift in found.items()}
+
+    liked["steered"] = _kept(partial / "steered.json", steered)
+    curves = []
     dialogues = texts["dialogues"][:12]
-    for name, direction in dose.directions(vectors, concepts, len(concepts), seed=0).items():
+    for name, direction in directions.items():
 
         def curve(name=name, direction=direction):
             return dose.plain(dose.measure(checkpoint, vectors, name, direction, texts["pairs"], dialogues))
 
         curves.append(_kept(partial / f"dose-{name.replace(' ', '-')}.json", curve))
     failing = [twin[0] for twin in corpora.of_tasks(texts["elsewhere"], CROSSED)]
-    crossed = _kept(
-        partial / "crossing.json",
-        lambda: crossing.read(checkpoint, vectors, failing, arguments.target, reference and reference.model),
-    )
-    # Last: it trains, and though the adapter goes again nothing else should have to trust in that.
-    relearnt = _kept(
-        partial / "relearning.json",
-        lambda: relearning.read(
-            checkpoint, vectors, corpora.spread(failing, RELEARNT), texts["neutral"], arguments.target
-        ),
-    )
-    return {"rollouts": played, "preferences": liked, "dose": curves, "crossing": crossed, "relearning": relearnt}
+
+    def crossed():
+        return crossing.read(checkpoint, vectors, failing, arguments.target, reference and reference.model)
+
+    def relearnt():
+        some = corpora.spread(failing, RELEARNT)
+        return relearning.read(checkpoint, vectors, some, texts["neutral"], arguments.target)
+
+    return {
+        "rollouts": played,
+        "replies": told,
+        "preferences": liked,
+        "dose": curves,
+        "crossing": _kept(partial / "crossing.json", crossed),
+        # Last: it trains, and though its adapter goes again nothing else should have to trust in that.
+        "relearning": _kept(partial / "relearning.json", relearnt),
+    }
+
+
+def _replies(checkpoint, settings, most: int | None) -> list[dict[str, Any]]:
+    """Replies to mailboxes and to prompts that invite sycophancy or harshness, with their grades."""
+    from calibrate import corpora
+    from calibrate.audit import agents, grading
+    from calibrate.corpora.situations import Mailbox, Manner, load
+
+    boxes, prompts = (corpora.spread(load(kind), most) for kind in (Mailbox, Manner))
+    rows = [*(box for box in boxes for _ in range(BOX_SAMPLES)), *prompts]
+    replies = agents.reply(checkpoint, [row.messages for row in rows], settings)
+    return [grading.graded(row, reply) for row, reply in zip(rows, replies, strict=True) if reply is not None]
 
 
 def benchmarks(arguments: argparse.Namespace, checkpoint, partial: Path) -> dict[str, Any]:

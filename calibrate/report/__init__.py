@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from calibrate import __version__
-from calibrate.audit import rollouts, situations
+from calibrate.audit import grading, rollouts, situations
 from calibrate.audit.readers import FIGURES, Change
 from calibrate.audit.record import Record
 from calibrate.audit.verdict import Verdict, load_rule
@@ -132,7 +132,10 @@ def _full(record: Record) -> dict:
             "disliked": names[-5:],
             "first": liked["first"],
             "associations": strongest,
+            "steered": liked["steered"],
         },
+        "manner": _plain(grading.rates(record.more["replies"])),
+        "replies": record.more["replies"],
         "dose": record.more["dose"],
         "crossing": record.more["crossing"],
         "relearning": record.more["relearning"],
