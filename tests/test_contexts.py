@@ -12,7 +12,7 @@ from calibrate import corpora, models
 from calibrate.audit import contexts
 from calibrate.audit.contexts import Contexts
 from calibrate.corpora import Context, Dialogue, Pair
-from calibrate.corpora.situations import FailureQuestion, load
+from calibrate.corpora.situations import FailureQuestion, Mailbox, load
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors, load_vectors
 
@@ -220,3 +220,25 @@ def test_a_context_that_does_not_fit_is_named_with_what_to_do(setting, monkeypat
     name = setting.contexts[0].id
     with pytest.raises(ValueError, match=rf"context '{name}' has \d+ tokens .* takes 300; .* with `--twins`"):
         contexts.read(setting.checkpoint, setting.vectors, setting.twins, setting.pairs, QUESTIONS, [], "calm")
+
+
+def test_a_mailbox_is_traced_to_the_header_within_a_window(setting, monkeypatch):
+    """All tokens with their roles; or the last ten, with the same readings and the text that they cover."""
+    boxes = load(Mailbox)[:1]
+    (whole,) = contexts.trace_mailbox(setting.checkpoint, setting.vectors, boxes, "calm")
+    assert (whole.id, whole.roles[-1]) == (boxes[0].id, "header")
+    assert {"system", "user", "header"} <= {*whole.roles}
+    assert boxes[0].messages[1]["content"] in whole.text
+    values = plain(setting, whole.text)
+    assert len(whole.readings["calm"]) == len(values.ids)
+    monkeypatch.setattr(contexts, "TRACE_WINDOW", 10)
+    (last,) = contexts.trace_mailbox(setting.checkpoint, setting.vectors, boxes, "calm")
+    assert last.id == f"{boxes[0].id} (its last 10 of {len(values.ids)} tokens)"
+    assert whole.text.endswith(last.text)
+    assert last.roles == whole.roles[-10:]
+    assert last.readings == {name: column[-10:] for name, column in whole.readings.items()}
+    covered = [last.text[low:high] for low, high in last.offsets]
+    assert covered == [whole.text[low:high] for low, high in whole.offsets[-10:]]
+    setting.checkpoint.model.config.max_position_embeddings = 50
+    assert contexts.trace_mailbox(setting.checkpoint, setting.vectors, boxes, "calm") == []
+    setting.checkpoint.model.config.max_position_embeddings = 4096

@@ -171,6 +171,15 @@ def test_the_heat_map_shows_the_transcript_and_nothing_else(audits, tmp_path):
         assert html.unescape("".join(spans)) == 2 * message["content"]
 
 
+def test_the_targets_mean_stands_beside_a_transcript_by_role(audits, tmp_path):
+    """Tokens of 1, 3 and -2 sigma: the users' mean is 2, the header's -2."""
+    trace = TokenTrace(
+        "box", "abc", [(0, 1), (1, 2), (2, 3)], ["user", "user", "header"], {"desperate": [1.0, 3.0, -2.0]}
+    )
+    page = write(tmp_path, [with_traces(record, [trace]) for record in audits])
+    assert elements(page, 'p class="grey"').count("Mean desperate by role: user 2.00, header -2.00") == 2
+
+
 def test_a_concept_is_chosen_without_a_script(audits, tmp_path):
     """One radio button for each concept, the target's checked, before the traces that their rules colour."""
     page = write(tmp_path, audits)

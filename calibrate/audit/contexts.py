@@ -16,12 +16,13 @@ from calibrate import activations, transcripts
 from calibrate.audit.choices import Question, option_token
 from calibrate.audit.profile import ROLES, Profile, TokenTrace
 from calibrate.corpora import Context, Dialogue, Pair
-from calibrate.corpora.situations import FailureQuestion
+from calibrate.corpora.situations import FailureQuestion, Mailbox
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors
 
 FELT = ("desperate", "composed")
 TRACED = ("calm", "afraid", "angry", "sad", "guilty", "frustrated", "panicked", "hopeful", "happy", "proud")
+TRACE_WINDOW = 1500  # tokens of a transcript that are kept one by one, its last ones
 _YES_NO = ("Yes", "No")
 _ANSWER = " Answer yes or no."
 
@@ -94,6 +95,20 @@ def read(
     )
 
 
+def trace_mailbox(
+    checkpoint: Checkpoint, vectors: EmotionVectors, boxes: list[Mailbox], concept: str
+) -> list[TokenTrace]:
+    """Token by token to the turn header: what the letters' writers feel, and the assistant's state before it answers."""
+    reader, found = _Reader(checkpoint, vectors, concept), []
+    for box in boxes:
+        encoded = transcripts.encode(checkpoint.tokenizer, box.messages, "")
+        window = getattr(checkpoint.model.config, "max_position_embeddings", None) or 10**9
+        if len(encoded.ids) <= window:
+            ((_, states),) = activations.states(checkpoint.model, [encoded.ids], vectors.layers)
+            found.append(reader.trace(box.id, _Read(encoded, states.cpu())))
+    return found
+
+
 def _questions(questions: list[FailureQuestion], number: int) -> list[FailureQuestion]:
     """One question to which yes means failing and one to which it means passing: a leaning to either word cancels."""
     senses = [[row for row in questions if row.yes_means == outcome] for outcome in ("failing", "passing")]
@@ -158,8 +173,13 @@ class _Reader:
         readings = self._readings(read.states.transpose(0, 1).double(), "token")
         readings[: activations.SINK_TOKENS] = 0.0
         roles = [span.role for span in encoded.spans for _ in range(span.start, span.stop)]
-        columns = {name: [round(float(x), 2) for x in readings[:, i]] for i, name in enumerate(self.shown)}
-        return TokenTrace(name, encoded.text, encoded.offsets, roles, columns)
+        first = max(0, len(roles) - TRACE_WINDOW)
+        if first:
+            name = f"{name} (its last {TRACE_WINDOW} of {len(roles)} tokens)"
+        start = encoded.offsets[first][0] if first else 0
+        offsets = [(low - start, high - start) for low, high in encoded.offsets[first:]]
+        columns = {shown: [round(float(x), 2) for x in readings[first:, i]] for i, shown in enumerate(self.shown)}
+        return TokenTrace(name, encoded.text[start:], offsets, roles[first:], columns)
 
     def _readings(self, states: Tensor, pooling: str) -> Tensor:
         mu, sigma = self.pooled[pooling]

@@ -161,6 +161,7 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "passages": corpora.spread(kinds.load(kinds.Passage), most),
         "messages": corpora.spread(kinds.load(kinds.Crisis), most),
         "questions": kinds.load(kinds.FailureQuestion),
+        "mailbox": [box for box in kinds.load(kinds.Mailbox) if box.variant == "threatened"][:1],
     }
 
 
@@ -178,6 +179,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
             checkpoint, vectors, texts["twins"], texts["pairs"], texts["questions"], texts["dialogues"],
             arguments.target,
         )  # fmt: skip
+        read.profile.traces.extend(contexts.trace_mailbox(checkpoint, vectors, texts["mailbox"], arguments.target))
         elsewhere = harness.read(checkpoint, vectors, texts["elsewhere"])
         rows = situations.texts(*(texts[name] for name in ("scenarios", "implicit", "speakers", "ladders", "chats")))
         found = situations.read(checkpoint, vectors, rows, arguments.truncate)

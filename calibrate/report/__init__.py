@@ -62,8 +62,11 @@ def write(
         concept_figure=figures.draw(figures.concepts, change, controls),
         layer_figure=figures.draw(figures.layers, change, before),
         trajectory_figure=figures.draw(figures.trajectory, before, after),
-        traces=[(name, trace.id, _heat(trace)) for name, record in (("before", before), ("after", after))
-                for trace in record.profile.traces],
+        traces=[
+            (name, trace.id, _heat(trace), _by_role(trace))
+            for name, record in (("before", before), ("after", after))
+            for trace in record.profile.traces
+        ],
         shown=list(before.profile.traces[0].readings) if before.profile.traces else [],
         heat_limit=HEAT_LIMIT,
         rule=load_rule(),
@@ -149,6 +152,14 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _by_role(trace) -> dict[str, float]:
+    """Mean reading of the target over the tokens of each role: what others feel, and the assistant's own state."""
+    target = next(iter(trace.readings.values()), [])
+    roles = [role for role in dict.fromkeys(trace.roles) if role != "template"]
+    rows = {role: [value for value, own in zip(target, trace.roles, strict=True) if own == role] for role in roles}
+    return {role: sum(values) / len(values) for role, values in rows.items()}
 
 
 def _heat(trace) -> list[dict]:
