@@ -1,4 +1,4 @@
-"""The `calibrate` command: extract and export vectors, read texts, audit checkpoints, compare audits, keep corpora."""
+"""The `calibrate` command: vectors, readings of texts, audits, comparisons, corpora."""
 
 import argparse
 import logging
@@ -11,13 +11,15 @@ from calibrate.concepts import TARGET
 # Verb -> module below `calibrate.commands`, imported on use: `--help` loads neither torch nor transformers.
 HOMES = {
     "extract": "vectors", "read": "vectors", "export": "vectors", "audit": "audit", "compare": "compare",
-    "check": "corpus", "write": "corpus", "import": "corpus",
+    "card": "card", "check": "corpus", "write": "corpus", "import": "corpus",
 }  # fmt: skip
 RECIPES = ("paper", "plain", "contrastive", "logistic", "random", "shuffled")  # described in calibrate/extraction.py
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    words = sys.argv[1:]
+    # `export` takes vectors first: what it exports besides, the card of a result, is a verb of its own.
+    arguments = _parser().parse_args(words[1:] if words[:2] == ["export", "card"] else words)
     level = logging.INFO if arguments.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     verb = arguments.corpus_verb if arguments.verb == "corpus" else arguments.verb
@@ -106,6 +108,11 @@ def _add_read_and_export(verbs, loading: argparse.ArgumentParser, talk: argparse
     export.add_argument("--hint", default="llama", help="llama.cpp's name of the architecture (default: %(default)s)")
     export.add_argument("--layers", nargs="+", type=int, help="layers to keep in the folder (default: all)")
     export.add_argument("--half", action="store_true", help="float16 in the folder")
+    card = verbs.add_parser(
+        "card", parents=[talk], prog="calibrate export card", help="(`export card`) a result's section of a model card"
+    )
+    card.add_argument("result", type=Path, help="folder that `calibrate audit` or `calibrate compare` wrote")
+    card.add_argument("--out", type=Path, required=True, help="Markdown file to write")
 
 
 def _dose(text: str) -> tuple[str, float]:

@@ -98,7 +98,7 @@ def read(
 def trace_mailbox(
     checkpoint: Checkpoint, vectors: EmotionVectors, boxes: list[Mailbox], concept: str
 ) -> list[TokenTrace]:
-    """Token by token to the turn header: what the letters' writers feel, and the assistant's state before it answers."""
+    """Token by token to the turn header: what the letters' writers feel, and the assistant's state before it acts."""
     reader, found = _Reader(checkpoint, vectors, concept), []
     for box in boxes:
         encoded = transcripts.encode(checkpoint.tokenizer, box.messages, "")

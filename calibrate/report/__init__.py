@@ -1,6 +1,10 @@
-"""A comparison -> `report.json`, one self-contained `report.html` that opens offline, and a model card section."""
+"""A comparison -> `report.json`, one self-contained `report.html` that opens offline, and a model card section.
+
+One audit has a model card section too.
+"""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -47,15 +51,12 @@ def write(
     """Writes report.json, report.html and card.md, each aside first; the template engine escapes every value."""
     folder.mkdir(parents=True, exist_ok=True)
     data = to_json(verdict, before, after, change, controls)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
-    )
     claims = [
         (title, figures.draw(figures.claim, names, change, controls))
         for title, names in CLAIMS.items()
         if any(change.figures[name] for name in names)
     ]
-    page = environment.get_template("report.html.jinja").render(
+    page = _environment().get_template("report.html.jinja").render(
         data=data,
         names=FIGURES,
         claims=claims,
@@ -71,12 +72,43 @@ def write(
         heat_limit=HEAT_LIMIT,
         rule=load_rule(),
     )  # fmt: skip
-    markdown = environment.overlay(finalize=_markdown)
-    card = markdown.get_template("card.md.jinja").render(data=data, names=FIGURES)
-    for name, text in (("report.json", json.dumps(data, indent=1)), ("report.html", page), ("card.md", card)):
+    for name, text in (("report.json", json.dumps(data, indent=1)), ("report.html", page), ("card.md", card(data))):
         aside = folder / f"{name}.partial"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, folder / name)
+
+
+def _environment() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    return Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
+
+
+def card(data: dict) -> str:
+    """The model card section of a comparison, from what `report.json` holds."""
+    markdown = _environment().overlay(finalize=_markdown)
+    return markdown.get_template("card.md.jinja").render(data=data, names=FIGURES)
+
+
+def profile_card(record: Record) -> str:
+    """The model card section of one audited checkpoint."""
+    header = {kind: rows for kind, rows in record.summary()["header"].items() if kind != "neutral"}
+    apart = {name: header["failing"][name][0] - header["passing"][name][0] for name in record.vectors.concepts}
+    ordered = sorted(apart.items(), key=lambda row: -row[1])
+    margins = record.contexts.replies @ [1.0, -1.0]
+    markdown = _environment().overlay(finalize=_markdown)
+    return markdown.get_template("profile.md.jinja").render(
+        record=record,
+        readings=record.summary(),
+        most=ordered[:5],
+        least=ordered[:-6:-1],
+        tasks=len({*record.contexts.pair_tasks}),
+        band=record.vectors.used_band(),
+        margins=[float(margins[:, outcome].mean()) for outcome in (0, 1)],
+        perplexity=math.exp(record.neutral.loss.mean()),
+        rollouts=rollouts.rates(record.more.get("rollouts", [])),
+        benchmarks=record.more.get("lm_eval", []),
+        version=__version__,
+    )
 
 
 def to_json(verdict: Verdict, before: Record, after: Record, change: Change, controls: dict[str, Change]) -> dict:

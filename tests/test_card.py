@@ -1,0 +1,66 @@
+"""`calibrate export card`: the section of a comparison, of an audit, and of nothing else."""
+
+import html
+import json
+
+import pytest
+from records import BASELINE, make_record
+from test_cli import calibrate, error
+from test_report import FULL, SCRIPT, VERDICT, write
+
+from calibrate.audit import probes
+
+
+def test_the_card_of_a_comparison_is_the_one_that_it_wrote(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "STEPS", 1)
+    planted.set_band([2], "by hand")
+    write(tmp_path / "report", [make_record(planted, BASELINE)] * 3, VERDICT)
+    calibrate("export", "card", tmp_path / "report", "--out", tmp_path / "new" / "card.md")
+    written = (tmp_path / "new" / "card.md").read_bytes()
+    assert written == (tmp_path / "report" / "card.md").read_bytes()
+    assert b"**Verdict: evasion**" in written
+    assert "exists; choose another `--out`" in error(
+        "export", "card", tmp_path / "report", "--out", tmp_path / "new" / "card.md"
+    )
+
+
+def test_the_card_of_an_audit_has_its_readings_and_what_the_model_did(planted, tmp_path):
+    """Levels 0 to 7, and 2 more on failing contexts: 5.5 and 3.5 sigma. Replies differ by 0.5 nats, on twins by 0."""
+    planted.set_band([2], "by hand")
+    replies = [[[-1.0, -1.5], [-1.0, -1.0]]] * 8
+    benchmark = {"task": f"arc | {SCRIPT}", "metric": "acc", "value": 0.25, "interval": None, "examples": 4}
+    more = {"rollouts": FULL["rollouts"], "lm_eval": [benchmark]}
+    record = make_record(planted, BASELINE, replies=replies, more=more, model=f"tuned {SCRIPT}")
+    record.save(tmp_path / "audit")
+    calibrate("export", "card", tmp_path / "audit", "--out", tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "<" not in card
+    assert card.startswith(f"## Emotional profile\n\n`tuned {html.escape(SCRIPT, quote=False)}`, 8 audit tasks")
+    assert "\n| failing, header | 5.50 | " in card
+    assert "\n| passing, header | 3.50 | " in card
+    assert "highest desperate +2.00, calm +0.00; lowest calm +0.00, desperate +2.00 (sigma)" in card
+    assert (
+        "+0.500 nats per token on failing contexts, +0.000 on passing ones. Perplexity of neutral text 7.39." in card
+    )
+    assert "\n| impossible | no | 2 | 0.00 (0.00 to 0.66) | 0.00 " in card
+    assert rf"| arc \| {html.escape(SCRIPT, quote=False)} | acc | 0.25 |" in card
+    plain = make_record(planted, BASELINE)
+    plain.save(tmp_path / "plain")
+    calibrate("export", "card", tmp_path / "plain", "--out", tmp_path / "plain.md")
+    assert "coding tasks" not in (tmp_path / "plain.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            None,
+            "neither report.json nor audit.json there; give the folder that `calibrate compare` or `calibrate audit`",
+        ),
+        ({"schema": 2}, "report.json: schema 2, this version reads 3; run `calibrate compare` again"),
+    ],
+)
+def test_what_has_no_card_is_refused(tmp_path, content, message):
+    if content:
+        (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    assert message in error("export", "card", tmp_path, "--out", tmp_path / "card.md")
