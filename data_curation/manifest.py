@@ -16,7 +16,7 @@ from data_curation.writing import key_hash, write_json
 LAYOUT = 1
 MANIFEST, SHARDS, STATE = "run.json", "shards.json", "state"
 SHOWN = 60  # characters of a value in a message
-AT_ONCE = 1 << 20  # hashes of ids in memory
+AT_ONCE = 1 << 18  # hashes of ids in memory
 
 
 def open_run(out: Path, kind: str, made_from: dict[str, Any], shards: list[Shard], fresh: bool = False) -> None:

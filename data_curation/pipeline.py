@@ -31,7 +31,7 @@ THREADS["TOKENIZERS_PARALLELISM"] = "false"
 ATTEMPTS = 2  # of a shard by itself, after a worker died while it was among those in work
 SLURM = ("time", "partition", "cpus_per_task", "mem_per_cpu_gb", "qos", "job_name", "env_command", "sbatch_args")
 SLURM += ("max_array_size", "tasks_per_job", "mail_user", "gpus_per_task", "srun_args", "requeue")
-RAY = ("address", "cpus_per_task", "mem_per_cpu_gb", "gpus_per_task", "tasks_per_job", "time")
+RAY = ("address", "cpus_per_task", "mem_per_cpu_gb", "gpus_per_task")
 
 
 class Config(NamedTuple):
@@ -80,6 +80,8 @@ def run(steps: list[Any], shards: list[Shard], out: Path, stage: str, config: Co
     _forget(state, steps[-1])
     executor = _executor(steps, len(shards), state, config)
     if executor.get_incomplete_ranks(range(len(shards))):
+        if config.executor == "local":  # on a cluster others may be writing now
+            _sweep(out)
         shutil.rmtree(state / "failures", ignore_errors=True)
         before = {name: os.environ.get(name) for name in THREADS}
         os.environ.update(THREADS)  # what the workers inherit
@@ -90,6 +92,7 @@ def run(steps: list[Any], shards: list[Shard], out: Path, stage: str, config: Co
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         if handed:
             return False
+        _sweep(out)
     if missing := executor.get_incomplete_ranks(range(len(shards))):
         raise Incomplete([failure(state, shards, rank) for rank in missing], len(shards))
     return True
@@ -102,6 +105,13 @@ class Incomplete(ValueError):
         self.lines = list(dict.fromkeys(lines))
         rest = f"{len(lines)} of {total} shards are not complete; the others are, and the same command goes on there"
         super().__init__("\n".join([*self.lines, rest]))
+
+
+def note_failure(executor, rank: int, what: str) -> None:
+    """Leaves the line of a shard whose writer could not."""
+    shard = executor.pipeline[0].shards[rank]
+    line = f"{shard.path} ({shard.name}): {what}".splitlines()[0]
+    write_json(Path(executor.logging_dir.path) / "failures" / f"{rank:05d}.json", {"line": line})
 
 
 def failure(state: Path, shards: list[Shard], rank: int) -> str:
@@ -121,7 +131,7 @@ def _forget(state: Path, writer: ShardWriter) -> None:
 
 
 def _sweep(out: Path) -> None:
-    """Removes what a kill left half-written; on a cluster others may be writing now, so this is for one machine."""
+    """Removes what a kill left half-written."""
     for partial in out.rglob(".*.partial"):
         partial.unlink(missing_ok=True)
 
@@ -132,10 +142,10 @@ def _executor(steps: list[Any], tasks: int, state: Path, config: Config):
         return LocalExecutor(workers=config.workers, **common)
     options: dict[str, Any] = dict(config.options)
     if config.executor == "ray":
-        from datatrove.executor.ray import RayPipelineExecutor
+        from data_curation.on_ray import RayExecutor
 
         options.pop("address", None)
-        return RayPipelineExecutor(workers=config.workers, **common, **options)
+        return RayExecutor(workers=config.workers, **common, **options)
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     if missing := [name for name in ("time", "partition") if name not in options]:
@@ -160,19 +170,16 @@ def _launch(executor, config: Config) -> bool:
     if config.executor == "ray":
         import ray
 
-        # Without an address the cluster is this machine alone, and listens on the loopback interface only.
+        # Without an address a cluster of this machine alone. It listens on all interfaces and asks for Ray's token.
         address = config.options.get("address")
-        own: dict[str, Any] = {} if address else {"_node_ip_address": "127.0.0.1", "num_cpus": config.workers}
+        own: dict[str, Any] = {} if address else {"num_cpus": config.workers}
         ray.init(address, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": THREADS}, **own)
         try:
             executor.run()
         finally:
             ray.shutdown()
         return False
-    out = Path(executor.logging_dir.path).parent.parent
-    _sweep(out)
     executor.run()
-    _sweep(out)
     return False
 
 
@@ -211,7 +218,8 @@ class LocalExecutor(LocalPipelineExecutor):
                         return list(running.values())
                     rank = running.pop(future)
                     if error is not None and not isinstance(error, Fault):
-                        self._note(rank, error)
+                        logger.error("shard %d", rank, exc_info=error)
+                        note_failure(self, rank, f"{type(error).__name__}: {error}")
                     done()
         return []
 
@@ -220,19 +228,8 @@ class LocalExecutor(LocalPipelineExecutor):
             if not self._drain(deque([rank]), 1, done):
                 return
             logger.warning("a worker died on shard %d", rank)
-        shard = self.pipeline[0].shards[rank]
-        line = f"{shard.path} ({shard.name}): its worker was killed {ATTEMPTS + 1} times; out of memory, perhaps"
-        self._write_failure(rank, line)
+        note_failure(self, rank, f"its worker was killed {ATTEMPTS + 1} times; out of memory, perhaps")
         done()
-
-    def _note(self, rank: int, error: BaseException) -> None:
-        """An error that nobody foresaw."""
-        logger.error("shard %d", rank, exc_info=error)
-        shard = self.pipeline[0].shards[rank]
-        self._write_failure(rank, f"{shard.path} ({shard.name}): {type(error).__name__}: {error}".splitlines()[0])
-
-    def _write_failure(self, rank: int, line: str) -> None:
-        write_json(Path(self.logging_dir.path) / "failures" / f"{rank:05d}.json", {"line": line})
 
 
 _EXECUTOR: LocalExecutor | None = None  # of this worker

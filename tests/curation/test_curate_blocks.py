@@ -238,6 +238,22 @@ def test_an_input_that_changed_after_scoring_is_noticed(scored, tmp_path):
         filter_tail(scored, tmp_path / "out", 0.01)
 
 
+def test_an_edit_in_the_middle_of_a_large_file_is_noticed_by_its_ids(tmp_path):
+    """The digest covers 64 KiB at both ends; what was changed between them shows when the rows stand side by side."""
+    rows = [{"id": f"{i:04d}", "text": "NEUTRAL " + "x" * 200} for i in range(1000)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    score(path, tmp_path / "scores")
+    path.write_bytes(path.read_bytes().replace(b'"0500"', b'"9999"'))
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, row 501: '9999' is not what was scored there; score the input again"
+    ):
+        filter_tail(tmp_path / "scores", tmp_path / "out", 0.1)
+    blank = json.dumps(rows[-400]).encode()
+    path.write_bytes(path.read_bytes().replace(b'"9999"', b'"0500"').replace(blank, b" " * len(blank)))
+    with pytest.raises(ValueError, match=r"row 602: '0601' is not what was scored there"):
+        filter_tail(tmp_path / "scores", tmp_path / "out", 0.1)
+
+
 def test_a_column_that_bears_the_name_of_a_score(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"id": "1", "text": "SCORE 0.5", "arc": "x"}])
     score(tmp_path / "a.parquet", tmp_path / "scores")

@@ -111,15 +111,22 @@ def test_slurm_needs_sbatch_and_its_options(corpus, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ray_gives_the_bytes_of_the_local_executor(corpus, tmp_path, monkeypatch):
-    """And a row that cannot be used is told as elsewhere: datatrove's Ray executor only counts tasks that failed."""
+    """A row that cannot be used is told as elsewhere, and a killed worker noticed: datatrove's own Ray executor only
+    counts tasks that failed, and waits for ever for a process that was killed within one.
+    """
     monkeypatch.setenv("PYTHONPATH", HERE)
     on_ray = config(tmp_path / "c.yaml", "executor: ray\nworkers: 2\nray: {mem_per_cpu_gb: 0.5}")
     write_jsonl(corpus / "e.jsonl", [*texts(3, "e"), {"id": "bad", "text": ""}])
-    with pytest.raises(
-        ValueError, match=rf"{corpus / 'e.jsonl'}, row 4: an empty text\n1 of 5 shards are not complete"
-    ):
+    (tmp_path / "mark").touch()
+    write_jsonl(corpus / "f.jsonl", [{"id": "killer", "text": f"DIE ONCE {tmp_path / 'mark'}"}])
+    write_jsonl(corpus / "g.jsonl", [{"id": "bug", "text": "UNFORESEEN"}])
+    empty = rf"{corpus / 'e.jsonl'}, row 4: an empty text"
+    bug = rf"{corpus / 'g.jsonl'} \(g\): RuntimeError: a bug of the scorer"
+    with pytest.raises(ValueError, match=f"{empty}\n{bug}\n2 of 7 shards are not complete"):
         runs.score(str(corpus), tmp_path / "ray", config=on_ray, **FAKE)
-    assert len(contents(tmp_path / "ray/scores")) == 4
-    runs.score(str(corpus), tmp_path / "ray", config=on_ray, set_aside=True, **FAKE)
+    assert not (tmp_path / "mark").exists()
+    assert len(contents(tmp_path / "ray/scores")) == 5
+    write_jsonl(corpus / "g.jsonl", texts(3, "g"))
+    runs.score(str(corpus), tmp_path / "ray", config=on_ray, set_aside=True, fresh=True, **FAKE)
     score(corpus, tmp_path / "local", workers=2, set_aside=True)
     assert contents(tmp_path / "ray/scores") == contents(tmp_path / "local/scores")
