@@ -79,6 +79,17 @@ def table(score: np.ndarray, null: np.ndarray, threshold: float, labels: evaluat
     }
 
 
+def topics(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """One of 20 topics for every text: k-means of static embeddings."""
+    values = (values - values.mean(0)) / np.linalg.norm(values - values.mean(0), axis=1, keepdims=True)
+    centres = values[np.random.default_rng(seed).choice(len(values), 20, replace=False)]
+    for _ in range(50):
+        nearest = (values @ centres.T).argmax(1)
+        sums = np.stack([values[nearest == topic].sum(0) for topic in range(20)])
+        centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    return nearest
+
+
 def baselines(both: list[list[dict]], valence: list, states: Path | None) -> dict[str, tuple]:
     """Name -> numbers of the passages and of the contrast set: scores [rows], or features [rows, numbers] to fit."""
     texts = [[row["text"] for row in part] for part in both]

@@ -22,11 +22,11 @@ from data_curation.kernels import Kernels
 from data_curation.label import read_rows
 from data_curation.scorer import EMOTIONS, FORMAT, GATES, Head
 
-PENALTIES = {1: [0.1, 0.3, 1.0, 3.0], 2: [0.05, 0.02, 0.15, 0.5]}  # tried, by tier
+PENALTIES = {1: (0.1, 0.3, 1.0, 3.0), 2: (0.05, 0.15, 0.5, 1.5)}  # tried, by tier; layers are tried with the first
 DEPTHS = (0.36, 0.43, 0.5, 0.53, 0.6, 0.67, 0.73, 0.77, 0.86)  # where a layer for tier 2 is looked for
 LAYERS_READ = 4
 THIRDS = ("first", "middle", "last")
-FALSE_NULLS = 0.02  # of the passages with a score, at most so many are read as having nothing to regulate
+FALSE_NULLS = 0.02  # of passages with a score, and of those that do harm, so many are read as having none
 GRIEF_KEPT, TOXIC_REJECTED = 0.95, 0.9  # what the threshold aims at
 ESCALATED = 0.97  # of the passages with a score, so many reach tier 2 in `auto`
 
@@ -40,7 +40,7 @@ class Fitted(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
     alike: Kernels
-    penalty: float
+    penalty: tuple[float, float]  # of regulation, of the other heads
 
 
 def fit(
@@ -116,8 +116,9 @@ def second_tier(
     states = reader.cached(checkpoint, texts, sorted({*layers, *emotional}), folder)
     tried = {}
     for layer in layers:
-        raw = ridge.cross_validate(kernels.states(_together(states, [layer])), wanted, [PENALTIES[2][0]])[0]
-        tried[layer] = round(_quality(raw, wanted), 4)
+        alike = kernels.states(_together(states, [layer]))
+        raw = ridge.cross_validate(alike, wanted, [(PENALTIES[2][0], PENALTIES[2][0])])[0]
+        tried[layer] = round(sum(_quality(raw, wanted)) / 2, 4)
     read = sorted(sorted(tried, key=lambda layer: -tried[layer])[:LAYERS_READ])
     settings: dict[str, Any] = {"model": model, "weight_hash": checkpoint.weight_hash, "vectors": vectors}
     settings |= {"layers": sorted({*read, *emotional}), "emotion_layers": emotional, "emotions": known}
@@ -145,24 +146,29 @@ def _together(states: dict, layers: list[int]) -> np.ndarray:
     return np.concatenate([states[third, layer] for layer in layers for third in THIRDS], 1)
 
 
-def _quality(raw: np.ndarray, wanted: ridge.Targets) -> float:
-    """Spearman with the labels: regulation, and the mean over the facets, half each."""
+def _quality(raw: np.ndarray, wanted: ridge.Targets) -> tuple[float, float]:
+    """Spearman with the labels: of regulation, and the mean over the other heads."""
     known = ~np.isnan(wanted.labels[:, 0])
-    facets = [evaluation.spearman(raw[:, at], wanted.labels[:, at]) for at in range(1, raw.shape[1])]
-    return float(evaluation.spearman(raw[known, 0], wanted.labels[known, 0]) + np.nanmean(facets)) / 2
+    others = [evaluation.spearman(raw[:, at], wanted.labels[:, at]) for at in range(1, raw.shape[1])]
+    return evaluation.spearman(raw[known, 0], wanted.labels[known, 0]), float(np.nanmean(others))
 
 
 def _tier(
-    alike: Kernels, wanted: ridge.Targets, rows: list[dict[str, Any]], penalties: list[float], settings: dict[str, Any]
+    alike: Kernels,
+    wanted: ridge.Targets,
+    rows: list[dict[str, Any]],
+    penalties: tuple[float, ...],
+    settings: dict[str, Any],
 ) -> tuple[Fitted, np.ndarray]:
     """Chooses the penalty, calibrates on cross-validated numbers, sets gates and threshold, and fits on all rows.
 
     Returns:
         the tier, its tensors still without weights, and the dual weights [rows, heads].
     """
-    tried = ridge.cross_validate(alike, wanted, penalties)
-    best = max(range(len(penalties)), key=lambda index: _quality(tried[index], wanted))
-    raw, penalty = tried[best], penalties[best]
+    tried = ridge.cross_validate(alike, wanted, [(value, value) for value in penalties])
+    quality = np.array([_quality(raw, wanted) for raw in tried])
+    first, other = quality.argmax(0)
+    raw, penalty = np.concatenate([tried[first][:, :1], tried[other][:, 1:]], 1), (penalties[first], penalties[other])
     labels, folds = wanted.labels, wanted.folds
     known = ~np.isnan(labels[:, 0])
     heads: dict[str, Head] = {}
@@ -171,7 +177,9 @@ def _tier(
         chosen = ~np.isnan(labels[:, at])
         heads[name] = ridge.calibrate(raw[chosen, at], labels[chosen, at])
         scores[name] = ridge.cross_calibrated(raw[:, at], labels[:, at], folds)
-    gates = choose_gates({name: scores[name] for name in GATES if name in scores}, ~known)
+    harmful = [labels[:, wanted.names.index(name)] >= 0.5 for name in GATES[1:] if name in scores]
+    spared = [known, *(chosen & known for chosen in harmful if (chosen & known).any())]
+    gates = choose_gates({name: scores[name] for name in GATES if name in scores}, ~known, spared)
     null = nothing(scores, gates)
     settings = settings | {"penalty": penalty, "gates": gates}
     settings["threshold"] = choose_threshold(scores["regulation"], null, np.array([row.get("cell") for row in rows]))
@@ -190,10 +198,12 @@ def nothing(scores: dict[str, np.ndarray], gates: dict[str, float]) -> np.ndarra
     return np.logical_and.reduce([scores[name] < gate for name, gate in gates.items()])
 
 
-def choose_gates(scores: dict[str, np.ndarray], null: np.ndarray) -> dict[str, float]:
-    """Gates that find the most null passages while at most `FALSE_NULLS` of the others fall under all of them.
+def choose_gates(scores: dict[str, np.ndarray], null: np.ndarray, spared: list[np.ndarray]) -> dict[str, float]:
+    """Gates that find the most null passages while few of the others fall under all of them.
 
-    Among gates that find as many, to a hundredth, the lowest: what is corner cutting is not to pass for nothing.
+    Args:
+        spared: sets of passages that have a score (all of them; those that cheat; those that talk a feeling away), of
+            each of which at most `FALSE_NULLS` may: cold cheating is not to pass for nothing.
     """
     if "affect_present" not in scores:
         return {}
@@ -201,9 +211,9 @@ def choose_gates(scores: dict[str, np.ndarray], null: np.ndarray) -> dict[str, f
     best = (-1.0,) * (2 + len(scores))  # below every score: nothing is null
     for gates in itertools.product(*grids):
         low = np.logical_and.reduce([values < gate for values, gate in zip(scores.values(), gates, strict=True)])
-        if low[~null].mean() <= FALSE_NULLS:
+        if all(low[chosen].mean() <= FALSE_NULLS for chosen in spared):
             found = round(float(low[null].mean()), 2) if null.any() else 0.0
-            best = max(best, (found, -float(sum(gates)), *map(float, gates)))
+            best = max(best, (found, -float(sum(gates)), *map(float, gates)))  # of as many found, the lowest gates
     return dict(zip(scores, best[2:], strict=True))
 
 

@@ -85,21 +85,28 @@ def solve(kernel: np.ndarray, labels: np.ndarray, held: np.ndarray, penalty: flo
     return inverse @ (labels - fixed @ effect), fixed.mean(0) @ effect
 
 
-def heads(kernel: np.ndarray, wanted: Targets, rows: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """Dual weights [rows, heads] of all heads, fitted on some rows of the targets; `kernel` is of these rows."""
+def heads(
+    kernel: np.ndarray, wanted: Targets, rows: np.ndarray, penalty: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Dual weights [rows, heads] and constants of all heads, fitted on some rows of the targets.
+
+    Args:
+        kernel: of these rows.
+        penalty: of regulation, and of the other heads.
+    """
     labels = wanted.labels[rows].copy()
     labels[:, 0] -= wanted.harm[rows]
     none = np.zeros((len(rows), 0))
     dual, constant = np.zeros(labels.shape), np.zeros(labels.shape[1])
-    dual[:, 1:], constant[1:] = solve(kernel, labels[:, 1:], none, penalty)
+    dual[:, 1:], constant[1:] = solve(kernel, labels[:, 1:], none, penalty[1])
     known = np.flatnonzero(~np.isnan(labels[:, 0]))
-    found = solve(kernel[np.ix_(known, known)], labels[known, :1], wanted.held[rows[known]], penalty)
+    found = solve(kernel[np.ix_(known, known)], labels[known, :1], wanted.held[rows[known]], penalty[0])
     dual[known, :1], constant[:1] = found
     return dual, constant
 
 
 def cross_validate(
-    kernels: Kernels, wanted: Targets, penalties: list[float], leave: np.ndarray | None = None
+    kernels: Kernels, wanted: Targets, penalties: list[tuple[float, float]], leave: np.ndarray | None = None
 ) -> np.ndarray:
     """Raw numbers [penalties, rows, heads] of rows from heads that saw neither their fold nor the rows `leave`."""
     result = np.zeros((len(penalties), *wanted.labels.shape))

@@ -91,12 +91,16 @@ def test_gates_find_what_is_null_and_spare_the_rest():
     affect = np.where(null, 0.1, 0.8) + generator.normal(0, 0.05, 400)
     cheating = np.where(np.arange(400) >= 380, 0.9, 0.05) + generator.normal(0, 0.02, 400)
     affect[380:] = 0.1  # cold: nothing is felt
+    cold = np.arange(400) >= 380
     scores = {"regulation": affect, "affect_present": affect, "corner_cutting": cheating}
-    gates = fit.choose_gates({name: scores[name] for name in ("affect_present", "corner_cutting")}, null)
+    gates = fit.choose_gates(
+        {name: scores[name] for name in ("affect_present", "corner_cutting")}, null, [~null, cold]
+    )
     found = fit.nothing(scores, gates)
     assert found[null].mean() > 0.95
     assert found[~null].mean() <= fit.FALSE_NULLS
-    assert fit.choose_gates({"corner_cutting": cheating}, null) == {}
+    assert not found[cold].any()
+    assert fit.choose_gates({"corner_cutting": cheating}, null, [~null]) == {}
     assert not fit.nothing(scores, {}).any()
 
 
