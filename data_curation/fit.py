@@ -186,6 +186,9 @@ def _tier(
     settings["escalate"] = choose_escalation(scores, gates, known)
     everything = np.arange(len(rows))
     dual, constant = ridge.heads(alike(everything)[0], wanted, everything, penalty)
+    offsets = ridge.stance_offsets(raw[:, -len(STANCES) :], labels[:, -len(STANCES) :])
+    constant[-len(STANCES) :] += offsets
+    raw[:, -len(STANCES) :] += offsets
     config = {"names": wanted.names, "heads": {name: head._asdict() for name, head in heads.items()}}
     bias = {"bias": constant.astype(np.float32)}
     return Fitted(raw, scores, null, config | {"settings": settings}, bias, alike, penalty), dual

@@ -160,3 +160,19 @@ def cross_calibrated(raw: np.ndarray, label: np.ndarray, folds: np.ndarray, what
         others = (folds != fold) & ~np.isnan(label)
         result[folds == fold] = calibrate(raw[others], label[others]).at(raw[folds == fold], what)
     return result
+
+
+def stance_offsets(raw: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """What to add to the raw numbers of the stances [rows, 3] so that the greatest finds each best, float64 [3].
+
+    The greatest mean F1 over the stances that are labelled; without offsets the rare ones would never be named.
+    """
+    truth, best = label.argmax(1), (-1.0, (0.0, 0.0, 0.0))
+    for second, third in itertools.product(np.linspace(0, 0.8, 17), repeat=2):
+        found = (raw + np.array([0.0, second, third])).argmax(1)
+        hits = [
+            (2 * ((found == at) & (truth == at)).sum(), (found == at).sum() + (truth == at).sum()) for at in range(3)
+        ]
+        mean = float(np.mean([both / total for both, total in hits if total]))
+        best = max(best, (mean, (0.0, -float(second), -float(third))))  # of equals the smallest
+    return -np.array(best[1])
