@@ -203,7 +203,7 @@ class LocalExecutor(LocalPipelineExecutor):
         """Works off the queue; when a worker dies, returns the shards that were in work."""
         running: dict = {}
         context = get_context("forkserver")
-        context.set_forkserver_preload(["data_curation.runs"])  # imported once, not in every worker
+        context.set_forkserver_preload(["pandas", "data_curation.runs"])  # imported once, not in every worker
         with ProcessPoolExecutor(workers, context, _start, (self,)) as pool:
             while queue or running:
                 while queue and len(running) < workers:
