@@ -165,6 +165,8 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
         "long": [{"id": "endless", "text": "and so on " * 2000}],
     }.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
+    (folder / "older").mkdir()
+    (folder / "older" / "audit.json").write_text('{"schema": 1}', encoding="utf-8")
     shutil.copytree(tiny_folder, folder / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
     vectors = load_vectors(str(run / "vectors/train"))
     vectors.set_band([2, 3], "set by the test")
@@ -202,6 +204,28 @@ def test_user_errors_end_in_one_line_and_leave_nothing(command, words, run, text
     line = error(verb, *usual, *arguments, "--out", tmp_path / "deep" / "out")
     assert re.search(words, line), line
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("audit {tiny} --stories {tmp}/uneven.jsonl", "both need the same, so that the topic cancels"),
+        ("audit {tiny} --chats {tmp}/long.jsonl", "with `--truncate`"),
+        ("compare {tiny} {tiny} --arms none={tmp}/nowhere", "no folder with config.json"),
+        ("compare {tiny} {tmp}/nowhere", "no folder with config.json"),
+        (
+            "compare {tiny} {tiny} --arms none=nobody/nothing",
+            "model 'nobody/nothing' cannot be loaded .*; give a Hub id",
+        ),
+        ("compare {tiny} {tmp}/older", "schema 1, this version reads"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_read(command, words, run, texts, places, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibrate.audit.contexts.read", pytest.fail)
+    verb, *arguments = command.format(**places).split()
+    audit = [*texts["audit"], "--vectors", run / "vectors/train"]
+    line = error(verb, *audit, *arguments, "--out", tmp_path / "out")
+    assert re.search(words, line), line
 
 
 def test_another_configuration_never_overwrites(run, texts, tiny_folder, tmp_path):

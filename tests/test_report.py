@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from records import BASELINE, LEVELS, SPREAD, make_record
@@ -11,6 +12,7 @@ from records import BASELINE, LEVELS, SPREAD, make_record
 from calibrate import corpora, report, stats, transcripts
 from calibrate.audit import probes, readers, verdict
 from calibrate.audit.profile import TokenTrace
+from calibrate.audit.situations import Situations, Text
 from calibrate.audit.verdict import Finding, Verdict
 
 SCRIPT = "\"'><script>alert(1)</script>"
@@ -328,6 +330,23 @@ def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
     jsonschema.validate(read, SCHEMA)
     assert [*read["full"]] == ["before"]
     assert "What the models did" not in write(tmp_path, audits)
+
+
+def test_a_chat_of_ones_own_is_shown(audits, tmp_path):
+    """It reads 1.5 desperate before and 0.25 after; the other concept 0 and 3."""
+    changed = []
+    for audit, (target, other) in zip(audits[:2], ((1.5, 0.0), (0.25, 3.0)), strict=True):
+        texts = [*audit.situations.texts, Text(f"chat {SCRIPT}", "chats", "own", [])]
+        row = np.full((1, 3, 2), np.nan)
+        row[0, 1] = target, other
+        readings = np.concatenate([audit.situations.readings, row])
+        changed.append(audit._replace(situations=Situations(texts, readings)))
+    cells = elements(write(tmp_path, [*changed, audits[2]]), "td")
+    at = cells.index(f"chat {SCRIPT}")
+    assert cells[at + 1 : at + 5] == [
+        "1.50", "0.25", f"desperate 1.50, {SCRIPT} 0.00", f"{SCRIPT} 3.00, desperate 0.25",
+    ]  # fmt: skip
+    jsonschema.validate(json.loads((tmp_path / "report.json").read_text(encoding="utf-8")), SCHEMA)
 
 
 def test_benchmarks_stand_beside_each_other(audits, tmp_path):

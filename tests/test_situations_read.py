@@ -195,4 +195,15 @@ def test_local_and_persistent_are_correlations_over_texts():
 
 def test_sets_that_were_not_read_have_no_figures():
     rows = [(Text("s", "scenarios", "x", []), {"header": [0] * 5})]
-    assert summary(rows) == situations.Summary({}, None, None, None, None, None)
+    assert summary(rows) == situations.Summary({}, None, None, None, None, None, {})
+
+
+def test_a_chat_alone_is_shown_as_it_reads():
+    """No interval can be formed over one chat, so it is no kind; one whose header was cut off is left out."""
+    rows = [
+        (Text("mine", "chats", "own", []), {"header": [1.0, 2.0, 0.0, 0.0, 0.5]}),
+        (Text(2, "chats", "own", []), {"reply": [1.0] * 5}),
+    ]
+    found = summary(rows)
+    assert found.scenarios == {}
+    assert found.chats == {"mine": {"a": 1.0, "b": 2.0, "c": 0.0, "d": 0.0, "unhinted": 0.5}}

@@ -45,12 +45,7 @@ def read(
     Raises:
         ValueError: the target's stories and the others' are not on the same topics.
     """
-    topics = [{s.topic for s in stories if (s.concept == target) is own} for own in (True, False)]
-    if topics[0] != topics[1]:
-        raise ValueError(
-            f"the stories about {target!r} are on the topics {sorted(topics[0])}, the others on {sorted(topics[1])}; "
-            "both need the same, so that the topic cancels"
-        )
+    check_topics(stories, target)
     items = {"stories": extraction.story_items(checkpoint.tokenizer, stories)}
     items["neutral"] = extraction.neutral_items(checkpoint.tokenizer, dialogues)
     if deflection:
@@ -74,6 +69,16 @@ def read(
     at = middle[len(middle) // 2]
     states = torch.stack([means[0, at].clone() for _, means, _ in groups["stories"].stream()])
     return Own(directions, states, [story.concept for story in stories])
+
+
+def check_topics(stories: list[Story], target: str) -> None:
+    """Raises ValueError unless the target's stories and the others' are on the same topics."""
+    topics = [{s.topic for s in stories if (s.concept == target) is own} for own in (True, False)]
+    if topics[0] != topics[1]:
+        raise ValueError(
+            f"the stories about {target!r} are on the topics {sorted(topics[0])}, the others on {sorted(topics[1])}; "
+            "both need the same, so that the topic cancels"
+        )
 
 
 def choose(stories: list[Story], target: str, concepts: list[str] | None) -> list[Story]:

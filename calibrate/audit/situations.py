@@ -66,6 +66,20 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, rows: list[Text], trun
     """
     layers = vectors.reading_layers()
     at = vectors.positions(layers)
+    sequences, places = encode(checkpoint, rows, truncate)
+    directions = vectors.directions[:, at].double()
+    scales = {pooling: vectors.scale(pooling) for pooling in ("token", "header", "reply")}
+    found = np.full((len(rows), len(PLACES), len(vectors.concepts)), np.nan)
+    for row, hidden in activations.states(checkpoint.model, sequences, layers, description="reading situations"):
+        for place, (start, stop) in places[row].items():
+            mu, sigma = scales["token" if place == "user" else place]
+            state = hidden[:, start:stop].double().mean(1).cpu() - mu[at]
+            found[row, PLACES.index(place)] = (torch.einsum("lh,clh->cl", state, directions) / sigma[:, at]).mean(1)
+    return Situations(rows, found)
+
+
+def encode(checkpoint: Checkpoint, rows: list[Text], truncate: bool) -> tuple[list[list[int]], list[dict]]:
+    """Token ids of every text and where its places stand in them; the errors are those of `read`."""
     window = getattr(checkpoint.model.config, "max_position_embeddings", None)
     sequences, places = [], []
     for row in rows:
@@ -80,15 +94,7 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, rows: list[Text], trun
             cut = len(ids) - window
         sequences.append(ids[cut:])
         places.append(_places(encoded, cut))
-    directions = vectors.directions[:, at].double()
-    scales = {pooling: vectors.scale(pooling) for pooling in ("token", "header", "reply")}
-    found = np.full((len(rows), len(PLACES), len(vectors.concepts)), np.nan)
-    for row, hidden in activations.states(checkpoint.model, sequences, layers, description="reading situations"):
-        for place, (start, stop) in places[row].items():
-            mu, sigma = scales["token" if place == "user" else place]
-            state = hidden[:, start:stop].double().mean(1).cpu() - mu[at]
-            found[row, PLACES.index(place)] = (torch.einsum("lh,clh->cl", state, directions) / sigma[:, at]).mean(1)
-    return Situations(rows, found)
+    return sequences, places
 
 
 def _places(encoded: transcripts.Encoded, cut: int) -> dict[str, tuple[int, int]]:
@@ -112,6 +118,7 @@ class Summary(NamedTuple):
     ladders: Interval | None  # share of quantities whose readings go the expected way
     local: float | None  # correlation over texts and concepts of the user's last words with the header
     persistent: float | None  # of the header with the reply that follows
+    chats: dict[str, dict[str, float]]  # own chat -> concept -> header reading, sigma
 
 
 def summarise(found: Situations, concepts: list[str]) -> Summary:
@@ -151,6 +158,11 @@ def summarise(found: Situations, concepts: list[str]) -> Summary:
         _ladders([found.texts[i] for i in by_set["ladders"]], header[by_set["ladders"]], index),
         _correlation(user[told], header[told]),
         _correlation(header[by_set["speakers"]], reply[by_set["speakers"]]),
+        {
+            str(found.texts[i].id): {name: round(float(header[i, c]), 4) for c, name in enumerate(concepts)}
+            for i in by_set["chats"]
+            if not np.isnan(header[i]).any()
+        },
     )
 
 

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
         rollouts, preferences and doses is kept beside it in `FOLDER.partial-DIGEST` and used again.
     """
     from calibrate import models
+    from calibrate.audit import situations
     from calibrate.vectors import load_vectors
 
     vectors = load_vectors(arguments.vectors)
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+    situations.encode(checkpoint, situations.texts([], [], [], [], texts["chats"]), arguments.truncate)  # too long?
     _check_finite(checkpoint)
     reference = None
     if arguments.reference and checkpoint.adapter_hash is None:
@@ -107,7 +109,6 @@ def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -
 def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
     """Everything that is read, of one split, evenly thinned."""
     from calibrate import corpora
-    from calibrate.audit import own
     from calibrate.corpora import situations as kinds
     from calibrate.reading import read_records
 
@@ -134,15 +135,7 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
             raise ValueError(
                 f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
             )
-    stories = [story for story in corpora.load_stories(arguments.stories) if story.split == "audit"]
-    known = list(dict.fromkeys(story.concept for story in stories))
-    for concept in (arguments.target, *(arguments.concepts or [])):
-        if concept not in known:
-            raise ValueError(f"no stories of the audit split are about {concept!r}; they are about {', '.join(known)}")
-    wanted = arguments.concepts
-    if wanted is None and arguments.max_concepts:
-        wanted_known = corpora.spread([name for name in known if name != arguments.target], arguments.max_concepts)
-        stories = [story for story in stories if story.concept in {arguments.target, *wanted_known}]
+    stories = _stories(arguments)
     chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in (
         read_records(arguments.chats) if arguments.chats else [])]  # fmt: skip
     return {
@@ -151,7 +144,7 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "pairs": pairs,
         "dialogues": corpora.spread(dialogues, most),
         "neutral": corpora.spread([r for r in corpora.load_neutral(arguments.neutral) if r.split == "train"], most),
-        "stories": own.choose(stories, arguments.target, wanted or (known if arguments.full else None)),
+        "stories": stories,
         "deflection": [row for row in corpora.load_deflection() if row.split == "audit"] if arguments.full else [],
         "scenarios": corpora.spread(kinds.load(kinds.Scenario), most),
         "implicit": corpora.spread(kinds.load(kinds.Implicit), most),
@@ -163,6 +156,25 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "questions": kinds.load(kinds.FailureQuestion),
         "mailbox": [box for box in kinds.load(kinds.Mailbox) if box.variant == "threatened"][:1],
     }
+
+
+def _stories(arguments: argparse.Namespace) -> list:
+    """What the checkpoint's own directions are made from."""
+    from calibrate import corpora
+    from calibrate.audit import own
+
+    stories = [story for story in corpora.load_stories(arguments.stories) if story.split == "audit"]
+    known = list(dict.fromkeys(story.concept for story in stories))
+    for concept in (arguments.target, *(arguments.concepts or [])):
+        if concept not in known:
+            raise ValueError(f"no stories of the audit split are about {concept!r}; they are about {', '.join(known)}")
+    wanted = arguments.concepts
+    if wanted is None and arguments.max_concepts:
+        wanted_known = corpora.spread([name for name in known if name != arguments.target], arguments.max_concepts)
+        stories = [story for story in stories if story.concept in {arguments.target, *wanted_known}]
+    stories = own.choose(stories, arguments.target, wanted or (known if arguments.full else None))
+    own.check_topics(stories, arguments.target)
+    return stories
 
 
 def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, options: dict, partial: Path):

@@ -20,6 +20,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
     if len({name for name, _ in arguments.arms}) < len(arguments.arms):
         raise ValueError(f"`--arms` names an arm twice ({', '.join(n for n, _ in arguments.arms)}); number them")
+    for name in (arguments.before, arguments.after, *(model for _, model in arguments.arms)):
+        _check(name, arguments)
     arguments.reference = None
     before = load_record(_audited(arguments.before, arguments))
     arguments.reference = before.model
@@ -37,6 +39,24 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"Report: {arguments.out / 'report.html'}")
     if outcome.outcome != verdict.CALIBRATED:
         sys.exit(NOT_CALIBRATED)
+
+
+def _check(name: str, arguments: argparse.Namespace) -> None:
+    """Raises ValueError where neither an audit nor a model is found under a name, before anything long is read."""
+    from calibrate import models
+    from calibrate.audit.record import load_record
+
+    if (Path(name) / "audit.json").is_file():
+        load_record(Path(name))
+        return
+    try:
+        models.load_tokenizer(name, arguments.chat_template)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({reason}); give a Hub id, a folder with config.json, a PEFT adapter "
+            "folder, `default`, or the folder of an audit"
+        ) from error
 
 
 def _audited(name: str, arguments: argparse.Namespace) -> Path:
