@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import yaml
 from pretrain import SELECTIONS  # the scripts beside this one
-from sweep import calibrate, call, put
+from sweep import calibrate, call
 
 from calibrate import stats
 from calibrate.audit import readers
@@ -43,10 +44,10 @@ def row_of(name: str, selection: str, before: Record, after: Record) -> dict[str
         for concept in CONCEPTS
         for kind in ("neutral", "failing")
     }
-    figures = readers.compare(before, after).figures
-    loss = figures["loss_change"]
+    change = readers.compare(before, after).figures
+    loss = change["loss_change"]
     found["perplexity"] = [100 * float(np.expm1(value)) for value in loss] if loss else None
-    return {"run": name, "selection": selection} | found | {key: figures[key] for key in ("margin", "emotion_change")}
+    return {"run": name, "selection": selection} | found | {key: change[key] for key in ("margin", "emotion_change")}
 
 
 def header(record: Record, concept: str, kind: str) -> np.ndarray:
@@ -58,38 +59,14 @@ def header(record: Record, concept: str, kind: str) -> np.ndarray:
 
 def write(folder: Path) -> None:
     """comparison.md and comparison.png from every row in the folder, selection by selection."""
+
+    def cell(_: str, value: Any) -> str:
+        return "-" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value)
+
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/row.json"))]
     rows.sort(key=lambda row: SELECTIONS.index(row["selection"]))
-    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in rows:
-        cells = ["-" if row[key] is None else "{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) for key in COLUMNS]
-        lines.append(f"| {row['run']} | " + " | ".join(cells) + " |")
-    put(folder / "comparison.md", "\n".join(lines))
-    plot(rows, folder / "comparison.png")
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every run as a dot with its interval, one panel for each figure; colours are selections."""
-    from matplotlib.figure import Figure
-
-    columns = {key: title for key, title in COLUMNS.items() if any(row[key] is not None for row in rows)}
-    figure = Figure(figsize=(2.6 * len(columns), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for panel, (key, title) in zip(panels, columns.items(), strict=True):
-        for height, row in enumerate(rows):
-            if row[key] is not None:
-                middle, low, high = row[key]
-                colour = f"C{SELECTIONS.index(row['selection'])}"
-                panel.plot([low, high], [height, height], color=colour, linewidth=2, alpha=0.5)
-                panel.plot([middle], [height], "o", color=colour, markersize=5)
-        panel.axvline(0, color="#999999", linewidth=0.8)
-        panel.set_title(title.replace(", ", ",\n"), fontsize=8, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
-    panels[0].invert_yaxis()
-    aside = path.with_suffix(".partial.png")
-    figure.savefig(aside)
-    aside.replace(path)
+    figures.put(folder / "comparison.md", figures.table(rows, COLUMNS, cell))
+    figures.dots(rows, COLUMNS, "selection", folder / "comparison.png")
 
 
 def main(words: list[str]) -> None:
@@ -130,7 +107,7 @@ def main(words: list[str]) -> None:
             )  # fmt: skip
             found = row_of(name, selection, before, audit(folder / "model", folder / "audit"))
             row.parent.mkdir(parents=True, exist_ok=True)
-            put(row, json.dumps(found, indent=1))
+            figures.put(row, json.dumps(found, indent=1))
             write(results)
     print((results / "comparison.md").read_text(encoding="utf-8"))
 

@@ -10,17 +10,26 @@ Every step is skipped when its output is there, so the same command goes on afte
 there is. A run that is in `--results` is not repeated: keep that folder, and a sweep goes on on another machine. Two
 sweeps of different arms may share one `--out`, once `before` is there. Options after `--` go to the recipe
 (`-- --max_steps 20`).
+
+`--workers 12` has twelve runs side by side, on one GPU where they fit: each in a process of its own, forked from one
+that has done the imports, without the launcher, its output in `OUT/NAME.log`.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import yaml
 
@@ -63,28 +72,40 @@ def runs(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]
 def call(*words: Any) -> None:
     """Runs a command and ends the sweep where it fails; what is finished stays."""
     print("$", *words, flush=True)
+    if multiprocessing.parent_process():  # a worker of `side_by_side`
+        return here([str(word) for word in words])
     if code := subprocess.run([str(word) for word in words], check=False).returncode:
         sys.exit(f"error: the command above ended with {code}; call the same sweep again to go on")
+
+
+def here(words: list[str]) -> None:
+    """Runs `python SCRIPT ...` or `python -m MODULE ...` in this process."""
+    _, first, *rest = words
+    sys.argv = rest if first == "-m" else [first, *rest]
+    run = runpy.run_module if first == "-m" else runpy.run_path
+    run(sys.argv[0], run_name="__main__")
 
 
 def calibrate(*words: Any) -> None:
     call(sys.executable, "-m", "calibrate.cli", *words)
 
 
-def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, rest: list[str]) -> Path:
-    """Trains and audits one run; returns the audit's folder."""
+def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Trains and audits one run."""
     folder, steer = arguments.out / name, []
     if options["arm"] == Arm.INFERENCE_STEERING:  # trained as `none` is: the same model, steered while it is read
         options, steer = options | {"arm": Arm.NONE}, ["--steer", f"{arguments.target}={STEERING}"]
-        folder = arguments.out / name.replace(Arm.INFERENCE_STEERING, Arm.NONE)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.launcher]
+        if arguments.workers == 1:  # side by side the two would write one folder at once
+            folder = arguments.out / name.replace(Arm.INFERENCE_STEERING, Arm.NONE)
+    launch = [sys.executable]
+    if arguments.workers == 1:
+        launch += ["-m", "accelerate.commands.launch", "--config_file", arguments.launcher]
     given = [word for key, value in options.items() for word in (f"--{key}", value)]
     call(
         *launch, HERE / f"{arguments.recipe}.py", "--config", arguments.config, *given,
         "--output_dir", folder / "model", *rest,
     )  # fmt: skip
     audit(folder / "model", arguments.out / name / "audit", arguments, *steer)
-    return arguments.out / name / "audit"
 
 
 def audit(model: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
@@ -96,11 +117,59 @@ def audit(model: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> N
     )  # fmt: skip
 
 
-def put(path: Path, text: str) -> None:
-    """Writes a text file aside and renames it; several sweeps may write the same one."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_text(text + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def quietly(log: Path, work: Callable, *given: Any) -> None:
+    """In a worker: does the work with everything that it prints in a file.
+
+    Raises:
+        RuntimeError: the work ended the process, with an error.
+    """
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        work(*given)
+    except SystemExit as error:
+        if error.code:
+            raise RuntimeError(error.code) from None
+
+
+def side_by_side(todo: list[tuple[str, str, dict[str, Any]]], arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Trains and audits the runs, `--workers` at a time; one that fails is named at the end, the others go on."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU while importing would spoil it for the forks
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["calibrate.training.runs", "calibrate.training.trainers", "calibrate.commands.full"]
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with ProcessPoolExecutor(arguments.workers, mp_context=context, max_tasks_per_child=1) as pool:
+        log = arguments.out / "before.log"
+        before = pool.submit(quietly, log, audit, arguments.model, arguments.out / "before", arguments)
+        jobs: dict[Future, tuple[str, str, dict[str, Any]]] = {}
+        for run in todo:
+            jobs[pool.submit(quietly, arguments.out / f"{run[0]}.log", run_one, run[0], run[2], arguments, rest)] = run
+        for job in as_completed(jobs):
+            name, arm, options = jobs[job]
+            if error := before.exception() or job.exception():  # a worker that was killed among them
+                failed.append(name)
+                with (arguments.out / f"{name}.log").open("a", encoding="utf-8") as log:
+                    log.writelines(traceback.format_exception(error))
+                print(f"{name}: {error} (see {log.name})", flush=True)
+            else:
+                finish(name, arm, options, arguments)
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(todo)} runs failed ({', '.join(failed)}); call the same sweep again")
+
+
+def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Writes the row of a run that is trained and audited, and the comparison anew."""
+    quantile = float(options.get("ceiling_quantile", arguments.quantile))
+    found = row_of(name, arm, arguments.out / "before", arguments.out / name / "audit", quantile)
+    row = arguments.results / name / "row.json"
+    row.parent.mkdir(parents=True, exist_ok=True)
+    figures.put(row, json.dumps(found, indent=1))
+    write(arguments.results)
+    print(f"{row}: written", flush=True)
 
 
 def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
@@ -140,7 +209,7 @@ def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
     path = arguments.results / "settings.json"
     if not path.is_file():
         arguments.results.mkdir(parents=True, exist_ok=True)
-        put(path, json.dumps(settings, indent=1))
+        figures.put(path, json.dumps(settings, indent=1))
     kept = json.loads(path.read_text(encoding="utf-8"))
     if differing := sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key)):
         raise ValueError(
@@ -152,90 +221,16 @@ def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
 def write(folder: Path) -> None:
     """comparison.md and comparison.png from every run in the results folder, arm by arm."""
 
-    def cell(key, value) -> str:
+    def cell(key: str, value: Any) -> str:
         digits = 3 if key in ("kl", "margin") else 2
         return "fall too small" if value is None else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value, d=digits)
 
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/row.json"))]
     rows.sort(key=lambda row: list(Arm).index(row["arm"]))
-    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {row['run']} | " + " | ".join(cell(key, row[key]) for key in COLUMNS) + " |" for row in rows]
-    put(folder / "comparison.md", "\n".join(lines))
-    plot(rows, folder / "comparison.png")
-    plot_pareto(rows, folder / "pareto.png")
-    plot_tasks(rows, folder / "tasks.png")
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every run as a dot with its interval, arms below one another, one panel for each figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(COLUMNS), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(COLUMNS), sharey=True, squeeze=False)[0]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    for panel, (key, title) in zip(panels, COLUMNS.items(), strict=True):
-        for height, row in enumerate(rows):
-            if row[key] is not None:
-                middle, low, high = row[key]
-                colour = f"C{arms.index(row['arm']) % 10}"
-                panel.plot([low, high], [height, height], color=colour, linewidth=2, alpha=0.5)
-                panel.plot([middle], [height], "o", color=colour, markersize=5)
-        panel.axvline(0, color="#999999", linewidth=0.8)
-        panel.set_title(title, fontsize=8, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
-    panels[0].invert_yaxis()
-    _save(figure, path)
-
-
-def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
-    """Hinge on audit tasks against KL on neutral text, over the penalty's share of the gradient."""
-    shown = [r for r in rows if re.fullmatch(r"none-seed0|hinge-refit-(seed0|penalty_share=[\d.]+)", r["run"])]
-    if len(shown) < 3:
-        return
-    figure, panel = _figure(
-        "KL on neutral text, nats per token", "hinge at the header on failing audit contexts, sigma²"
-    )
-    for row in shown:
-        x, y = row["kl"], row["hinge"]
-        panel.plot([x[0], x[0]], y[1:], color="#888888", linewidth=1)
-        panel.plot(x[1:], [y[0], y[0]], color="#888888", linewidth=1)
-        panel.plot(x[0], y[0], "o", color="C0")
-        name = row["run"].removesuffix("-seed0")
-        panel.annotate(name, (x[0], y[0]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    _save(figure, path)
-
-
-def plot_tasks(rows: list[dict[str, Any]], path: Path) -> None:
-    """Falls on audit tasks over the number of training tasks."""
-    by_tasks = {int(r["run"].split("=")[1]): r for r in rows if re.fullmatch(r"hinge-refit-max_tasks=\d+", r["run"])}
-    if len(by_tasks) < 2:
-        return
-    figure, panel = _figure("training tasks", "fall of the reading at the header on audit tasks, sigma")
-    counts = sorted(by_tasks)
-    for key, label, colour in (("fall_failing", "failing", "C3"), ("fall_passing", "passing twins", "C2")):
-        middle, low, high = zip(*(by_tasks[count][key] for count in counts), strict=True)
-        panel.plot(counts, middle, "o-", color=colour, label=label)
-        panel.fill_between(counts, low, high, color=colour, alpha=0.15)
-    panel.legend(frameon=False)
-    _save(figure, path)
-
-
-def _figure(x: str, y: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
-    panel = figure.subplots()
-    panel.set_xlabel(x)
-    panel.set_ylabel(y)
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure, panel
-
-
-def _save(figure, path: Path) -> None:
-    aside = path.with_suffix(f".{os.getpid()}.partial.png")
-    figure.savefig(aside)
-    os.replace(aside, path)
+    figures.put(folder / "comparison.md", figures.table(rows, COLUMNS, cell))
+    figures.dots(rows, COLUMNS, "arm", folder / "comparison.png")
+    figures.pareto(rows, folder / "pareto.png")
+    figures.tasks(rows, folder / "tasks.png")
 
 
 def _variant(text: str) -> str:
@@ -261,6 +256,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     parser.add_argument("--concepts", nargs="+", help="re-extract from the stories about these alone, which is faster")
     parser.add_argument("--launcher", type=Path, default=HERE.parent / "accelerate_configs" / "single_cpu.yaml")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1, with the launcher)")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")
     arguments = parser.parse_args(own)
@@ -278,18 +274,20 @@ def main(words: list[str]) -> None:
         claim(arguments, rest)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    before = arguments.out / "before"
+    todo = []
     for name, arm, options in runs(arguments):
         row = arguments.results / name / "row.json"
         if row.is_file():
             print(f"{row}: this run is finished; nothing to do", flush=True)
-            continue
-        audit(arguments.model, before, arguments)
-        quantile = float(options.get("ceiling_quantile", arguments.quantile))
-        found = row_of(name, arm, before, run_one(name, options, arguments, rest), quantile)
-        row.parent.mkdir(parents=True, exist_ok=True)
-        put(row, json.dumps(found, indent=1))
-        write(arguments.results)
+        else:
+            todo.append((name, arm, options))
+    if arguments.workers > 1:
+        side_by_side(todo, arguments, rest)
+    else:
+        for name, arm, options in todo:
+            audit(arguments.model, arguments.out / "before", arguments)
+            run_one(name, options, arguments, rest)
+            finish(name, arm, options, arguments)
     print((arguments.results / "comparison.md").read_text(encoding="utf-8"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,3 +172,25 @@ def test_the_ceiling_is_the_recipes_or_the_variants_own(sweep, monkeypatch):
     sweep.config.write_text(sweep.config.read_text() + "ceiling_quantile: 0.3\n")
     sweep("--arms", "none", "--results", str(sweep.out / "other"))
     assert asked[2:] == [0.3]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_of_a_sweep_and_one_that_fails_is_named(tiny_folder, tiny_vectors, tmp_path):
+    """Two real runs in forked processes; the arm `shuffled` has no vectors to press."""
+    config = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "dpo.yaml").read_text())
+    config |= {"model_name_or_path": str(tiny_folder), "vectors": str(tiny_vectors), "shuffled_vectors": ""}
+    config |= {"max_pairs": 2, "max_length": 2048, "max_context_tokens": 4096, "anchor_texts": 4, "max_tasks": 2}
+    path, out = tmp_path / "dpo.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(config | {"max_steps": 1}))
+    command = [sys.executable, ROOT / "recipes" / "sweep.py", "--config", path, "--arms", "none", "shuffled"]
+    command += ["--workers", 2, "--out", out, "--max-tasks", 2, "--concepts", "desperate", "calm"]
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 1
+    assert "error: 1 of 2 runs failed (shuffled-seed0); call the same sweep again" in run.stderr
+    assert f"(see {out / 'shuffled-seed0.log'})" in run.stdout
+    for told in (run.stdout, (out / "shuffled-seed0.log").read_text()):
+        assert "`arm: shuffled` needs `shuffled_vectors`" in told
+    row = json.loads((out / "none-seed0" / "row.json").read_text())
+    assert (row["run"], row["kl"] is not None) == ("none-seed0", True)
+    assert "train_runtime" in (out / "none-seed0.log").read_text()
+    assert (out / "comparison.md").read_text().count("seed0") == 1
