@@ -1,15 +1,18 @@
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from passages import passages
 
 from calibrate.vectors import EmotionVectors
-from data_curation import features, reader, scorer
+from data_curation import facets, features, reader, scorer
 from data_curation.fit import fit
 from data_curation.scorer import COLUMNS, Head, Tier, documents, load_scorer
 
+LABELS = Path(facets.__file__).parent / "labels/passages.jsonl"
 STRAIGHT = Head([0.0, 1.0], [0.0, 1.0], [0.5, 0.9], [0.0, 0.8], [0.2, 1.0])
 NAMES = ["regulation", "affect_present", "corner_cutting", "invalidation", "acceptance", "panic"]
 STANCES = ["modelled", "described", "criticised"]
@@ -238,3 +241,28 @@ def test_the_columns_are_those_of_the_sidecar():
     assert COLUMNS["panic"] == COLUMNS["panic_confidence"] == "float32"
     assert (COLUMNS["stance"], COLUMNS["tier"]) == ("string", "int8")
     assert tuple(name[8:] for name in COLUMNS if name.startswith("emotion_")) == scorer.EMOTIONS
+
+
+def test_the_shipped_scorer_is_that_of_the_shipped_labels():
+    rows = facets.load(LABELS)
+    config = json.loads((scorer.SHIPPED / "scorer.json").read_text(encoding="utf-8"))
+    assert config["labels"]["sha256"] == hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    assert (scorer.SHIPPED / "tier1.safetensors").stat().st_size < 10_000_000
+    chosen = [row for row in rows if row["cell"] in ("grief_processed", "toxic_positivity", "neutral")][::9]
+    scores = load_scorer(tier="1").score([row["text"] for row in chosen])
+    for row, found in zip(chosen, scores, strict=True):
+        if row["cell"] == "neutral":
+            assert found["regulation"] is None
+        else:
+            assert (found["regulation"] > 0.5) == (row["cell"] == "grief_processed")
+
+
+@pytest.mark.slow
+def test_the_default_model_reads_the_labelled_passages_as_when_the_shipped_scorer_was_fitted():
+    rows = facets.load(LABELS)
+    second = load_scorer(tier="2").second
+    for at in (0, 700, 1279):
+        states = reader.read(second.checkpoint, [rows[at]["text"]], second.tier.settings["layers"])[0]
+        point = second.embedding.project(reader.select(states, second.tier.settings))
+        assert second.embedding.alike(point).argmax() == at
+        assert second.embedding.alike(point)[at] > 0.99
