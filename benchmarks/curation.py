@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("what", choices=("tier1", "overhead", "tier2", "workers", "memory", "peak"))
     parser.add_argument("--scorer", default="default", help="folder of a scorer (default: the shipped one)")
     parser.add_argument("--documents", type=int, help="(default: 1000, tier2 6, workers 60000)")
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, help="timed pairs (default: 5, workers 1)")
     parser.add_argument("--sizes", nargs=2, type=int, default=(10_000, 1_000_000), help="for memory")
     arguments = parser.parse_args()
     globals()[f"_{arguments.what}"](arguments)
@@ -112,7 +112,7 @@ def _tier1(arguments: argparse.Namespace) -> None:
         for text in documents:  # `predict` of the wheel fails under numpy 2; this is what it calls
             model.f.predict(text.replace("\n", " ") + "\n", 2, 0.0, "strict")
 
-    ours, other, ratios = compare(lambda: scorer.score(documents), theirs, arguments.pairs)
+    ours, other, ratios = compare(lambda: scorer.score(documents), theirs, arguments.pairs or 5)
     print(f"{len(documents)} documents of {len(documents[0])} characters, CPU seconds, one thread")
     print(f"tier 1   {len(documents) / ours:8.0f} documents a CPU second")
     print(f"fastText {len(documents) / other:8.0f} (dim 100, pairs of words, two labels)")
@@ -152,7 +152,7 @@ def _overhead(arguments: argparse.Namespace) -> None:
             passed: Any = writer(ParquetReader(str(source))())
             deque(passed, maxlen=0)
 
-        first, second, ratios = compare(ours, theirs, arguments.pairs)
+        first, second, ratios = compare(ours, theirs, arguments.pairs or 5)
     print(f"{len(documents)} documents of {len(documents[0])} characters, CPU seconds")
     ours_each, theirs_each = (seconds / len(documents) * 1e6 for seconds in (first, second))
     print(f"curate    {ours_each:6.0f} microseconds a document (reads text, writes {len(types)} columns)")
@@ -177,7 +177,7 @@ def _tier2(arguments: argparse.Namespace) -> None:
             for row in ids:
                 models.decoder(checkpoint.model)(input_ids=torch.tensor([row]), use_cache=False)
 
-    ours, _, ratios = compare(lambda: scorer.score(documents), bare, arguments.pairs)
+    ours, _, ratios = compare(lambda: scorer.score(documents), bare, arguments.pairs or 5)
     tokens = sum(map(len, ids))
     print(f"{len(documents)} documents, {len(ids)} windows, {tokens} tokens, up to layer {max(layers)}, CPU seconds")
     print(f"tier 2 {tokens / ours:.0f} tokens a CPU second, {len(documents) / ours:.2f} documents")
@@ -195,7 +195,7 @@ def _workers(arguments: argparse.Namespace) -> None:
             runs.score(str(source), out, tier="1", scorer=arguments.scorer, config=Config(workers=workers))
 
         pairs = []
-        for _ in range(arguments.pairs if arguments.pairs < 5 else 1):
+        for _ in range(arguments.pairs or 1):
             seconds = []
             for workers in (1, 2):
                 start = time.perf_counter()
@@ -225,7 +225,7 @@ class Measured:
     """A scorer that notes the greatest memory of its process at each batch."""
 
     def __init__(self, scorer):
-        self.scorer, self.hash = scorer, scorer.hash
+        self.scorer, self.hash, self.first, self.second = scorer, scorer.hash, scorer.first, scorer.second
 
     def score(self, documents: list[str]) -> list[dict]:
         rows = self.scorer.score(documents)

@@ -47,7 +47,7 @@ def write(
     results: list[Path],
     out: Path,
     groups: tuple[str, ...] = (),
-    threshold: float = 0.5,
+    threshold: float | None = None,
     config: Config = Config(),  # noqa: B008 -- immutable
 ) -> None:
     """Writes report.html and README.md. Every value is escaped, in the page for HTML and in the card for Markdown.
@@ -57,6 +57,8 @@ def write(
     """
     scores = open_scores(folder)
     parts = [_result(path, scores) for path in results]
+    if threshold is None:
+        threshold = scores.manifest["made_from"]["threshold"] or 0.5
     thresholds = sorted({threshold, *(edge for part in parts for edge in part["thresholds"])})
     data = {
         "folder": str(folder), "made_from": scores.manifest["made_from"], "figures": scores.manifest["figures"],

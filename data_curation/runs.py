@@ -60,6 +60,8 @@ def score(
         raise ValueError(f"no column {id_column!r} for ids; there are {', '.join(found.columns)}, or --number-rows")
     loaded = load(source=scorer, tier=tier, model=model)
     made_from = {"input": found.digests, "scorer": loaded.hash, "scorer_source": scorer, "tier": tier, "model": model}
+    reading = loaded.second or loaded.first  # what its scores are compared with by default comes from the fit
+    made_from |= {"threshold": reading.tier.settings["threshold"] if reading else None}
     made_from |= {"text_column": text_column, "id_column": id_column, "max_characters": max_characters}
     manifest.open_run(out, "score", made_from, found.shards, fresh)
     state = out / manifest.STATE / "score"

@@ -18,6 +18,8 @@ TYPES |= {"windows": pa.list_(pa.struct([*WINDOW, pa.field("affect_present", pa.
 
 
 class FakeScorer:
+    first = second = None
+
     def __init__(self, source: str):
         self.hash = hashlib.sha256(source.encode()).hexdigest()[:16]
 

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import json
 import re
 import subprocess
 import sys
@@ -131,6 +132,18 @@ def test_keep_rates_by_hand():
     """8 of 10: Wilson 0.490 to 0.943. Group a keeps 3 of 20 and the others 15 of 20: ratio 0.2."""
     assert report.wilson(8, 10) == pytest.approx((0.8, 0.490, 0.943), abs=1e-3)
     assert report.wilson(0, 10).low == 0
+
+
+def test_the_threshold_is_that_of_the_scorer_unless_it_is_given(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts(9))
+    score(tmp_path / "a.jsonl", tmp_path / "scores")
+    path = tmp_path / "scores/run.json"
+    for fitted, given, shown in ((None, None, 0.5), (0.305, None, 0.305), (0.305, 0.6, 0.6)):
+        content = json.loads(path.read_text())
+        content["made_from"]["threshold"] = fitted
+        path.write_text(json.dumps(content))
+        report.write(tmp_path / "scores", [], tmp_path / "r", threshold=given)
+        assert f"<h3>Below {shown}</h3>" in (tmp_path / "r/report.html").read_text()
 
 
 def test_groups_are_compared_with_all_others(tmp_path):
