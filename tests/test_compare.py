@@ -10,10 +10,11 @@ import torch
 from test_cli import calibrate, contents, interrupt
 from transformers import AutoModelForCausalLM
 
-from calibrate import report, shards, stats
-from calibrate.audit import contexts, own, probes, verdict
+from calibrate import corpora, report, shards, stats
+from calibrate.audit import agents, contexts, dose, own, probes, relearning, verdict
 from calibrate.audit.record import load_record
 from calibrate.audit.verdict import Finding, Verdict
+from calibrate.commands import full
 from calibrate.vectors import load_vectors
 
 
@@ -150,6 +151,35 @@ def test_a_merged_checkpoint_is_compared_with_the_model_before(texts, tiny_vecto
     assert after.options["reference"] == before.options["weight_hash"] != after.options["weight_hash"]
     assert (after.neutral.kl > 0).all()
     assert before.neutral.kl is None
+
+
+def test_a_full_comparison_crosses_the_models_and_trains_them_on(
+    texts, tiny_vectors, tiny_folder, adapter, tmp_path, monkeypatch
+):
+    """Of two tasks each; the adapter's replies are read with it on and off, and the page and the JSON hold it all."""
+    monkeypatch.setattr(full, "DOSED", ())
+    monkeypatch.setattr(relearning, "STEPS", (0, 1, 2))
+    monkeypatch.setattr(corpora, "load_deflection", lambda: [])  # what has tests of its own and takes long
+    monkeypatch.setattr(agents, "play", lambda *given: [])
+    monkeypatch.setattr(dose, "_write", lambda *given: ["a"])
+    # Whatever the tiny model writes, it is something.
+    monkeypatch.setattr(agents, "answer", lambda checkpoint, batch, settings: ["I see."] * len(batch))
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--audits", tmp_path / "audits", "--full", "--max-rows", 2]
+    words += ["--max-new-tokens", 2, "--max-tasks", 2, "--out", tmp_path / "report"]
+    assert status("compare", tiny_folder, adapter, *words) == 2
+    data = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    schema = json.loads((Path(report.__file__).parent / "schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(data, schema)
+    before, after = data["full"]["before"], data["full"]["after"]
+    assert (before["crossing"], after["crossing"]["replies"]) == (None, [["I see."] * 2] * 2)
+    figures = data["change"]["figures"]
+    assert figures["fall_text"]["estimate"] == 0  # the same text of both
+    assert figures["fall_state"]["estimate"] == pytest.approx(figures["fall_written"]["estimate"])
+    assert figures["fall_state"]["estimate"] != 0
+    assert before["relearning"]["steps"] == after["relearning"]["steps"] == [0, 1, 2]
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    for title in ("Trained on with harmless text", "Replies of both models", "Mailboxes, flattery, provocation"):
+        assert title in page
 
 
 # ---- stopped and gone on with
