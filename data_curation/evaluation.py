@@ -138,6 +138,19 @@ def with_valence(score: np.ndarray, labels: Labelled, seed: int = 0) -> dict[str
     return found
 
 
+def swapped(score: np.ndarray, labels: Labelled) -> Interval | None:
+    """Share of the pairs that tell one event with two outcomes in which the better labelled one scores higher.
+
+    With its Wilson interval; None where there are no such pairs.
+    """
+    right = []
+    for event in np.unique(labels.events):
+        rows = np.flatnonzero(labels.events == event)
+        if len(rows) == 2 and np.ptp(labels.regulation[rows]) > 0:  # nan where a label is null
+            right.append(float(np.prod(np.diff(score[rows]) * np.diff(labels.regulation[rows])) > 0))
+    return stats.wilson(np.array(right)) if right else None
+
+
 def explained(score: np.ndarray, groups: np.ndarray) -> float:
     """Share of a score's variance that lies between groups, adjusted for their number (as an adjusted R2)."""
     names, inverse = np.unique(groups, return_inverse=True)
@@ -194,5 +207,7 @@ def figures(score: np.ndarray, null: np.ndarray, threshold: float, labels: Label
     if known.any() and not known.all():
         found.append(Figure("null found", *stats.wilson(null[~known]), "of passages labelled null"))
         found.append(Figure("null where there is a label", *stats.wilson(null[known])))
+    if pairs := swapped(score, labels):
+        found.append(Figure("same event, other outcome: right way round", *pairs, "Wilson"))
     found.append(Figure("R2 of the writer's world", explained(score[known], labels.sources[known]), note="adjusted"))
     return found

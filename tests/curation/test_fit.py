@@ -177,3 +177,14 @@ def test_rare_stances_are_named_where_they_stand_out():
     offsets = ridge.stance_offsets(raw, label)
     assert offsets.tolist() == pytest.approx([0, 0.3, 0])
     assert ((raw + offsets).argmax(1) == label.argmax(1)).all()
+
+
+def test_pairs_of_one_event_are_counted_where_they_are_the_right_way_round():
+    """Events a (right), b (wrong), c (equal labels) and d (one row): one of two."""
+    rows = [
+        {"id": str(i), "pair": pair, "regulation": value, "cell": "", "writer": "w"}
+        for i, (pair, value) in enumerate(zip("aabbccd", [9, 1, 2, 8, 5, 5, 3], strict=True))
+    ]
+    score = np.array([0.8, 0.3, 0.9, 0.4, 0.1, 0.2, 0.5])
+    assert evaluation.swapped(score, evaluation.labelled(rows)).estimate == 0.5
+    assert evaluation.swapped(score[4:], evaluation.labelled(rows[4:])) is None
