@@ -185,25 +185,34 @@ def _tier2(arguments: argparse.Namespace) -> None:
 
 
 def _workers(arguments: argparse.Namespace) -> None:
+    """Wall time, and the CPU time of the busier worker: what wall time would be where nothing else runs."""
     documents = texts(2000, 3000) * ((arguments.documents or 60_000) // 2000)
     with tempfile.TemporaryDirectory() as folder:
         source = write(Path(folder) / "in", documents, files=12)
         made = iter(range(100))
+        notes = Path(folder) / "notes"
+        notes.mkdir()
+        os.environ["NOTES"] = str(notes)
 
-        def run(workers: int) -> None:
+        def run(workers: int) -> tuple[float, float]:
             out = Path(folder) / f"out{next(made)}"
-            runs.score(str(source), out, tier="1", scorer=arguments.scorer, config=Config(workers=workers))
+            for old in notes.iterdir():
+                old.unlink()
+            start = time.perf_counter()
+            config = Config(workers=workers)
+            runs.score(str(source), out, tier="1", scorer=arguments.scorer, config=config, load=load_noted)
+            wall = time.perf_counter() - start
+            busy = [json.loads(path.read_text())[1] for path in notes.iterdir()]
+            return wall, max(busy)
 
         pairs = []
         for _ in range(arguments.pairs or 1):
-            seconds = []
-            for workers in (1, 2):
-                start = time.perf_counter()
-                run(workers)
-                seconds.append(time.perf_counter() - start)
-            pairs.append(seconds[0] / seconds[1])
-            print(f"one worker {seconds[0]:.1f} s, two {seconds[1]:.1f} s (wall), load {os.getloadavg()[0]:.1f}")
-    print(told("speed of two workers over one:", sorted(pairs)))
+            (wall, busy), (wall_two, busy_two) = run(1), run(2)
+            pairs.append((wall / wall_two, busy / busy_two))
+            print(f"one worker {wall:.1f} s (CPU {busy:.1f}), two {wall_two:.1f} s (busier one {busy_two:.1f})")
+    print(f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(told("speed of two workers over one:", sorted(pair[0] for pair in pairs)))
+    print(told("by the busier worker's CPU time:", sorted(pair[1] for pair in pairs)))
 
 
 def _memory(arguments: argparse.Namespace) -> None:
@@ -221,32 +230,34 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class Measured:
-    """A scorer that notes the greatest memory of its process at each batch."""
+class Noted:
+    """A scorer that notes the greatest memory and the CPU time of its process at each batch."""
 
     def __init__(self, scorer):
         self.scorer, self.hash, self.first, self.second = scorer, scorer.hash, scorer.first, scorer.second
 
     def score(self, documents: list[str]) -> list[dict]:
         rows = self.scorer.score(documents)
-        Path(os.environ["PEAK"]).write_text(str(peak_mib()))
+        Path(os.environ["NOTES"], str(os.getpid())).write_text(json.dumps([peak_mib(), time.process_time()]))
         return rows
 
 
-def load_measured(source: str, tier: str, model: str | None) -> Measured:
-    return Measured(blocks.load_default(source, tier, model))
+def load_noted(source: str, tier: str, model: str | None) -> Noted:
+    return Noted(blocks.load_default(source, tier, model))
 
 
 def _peak(arguments: argparse.Namespace) -> None:
     documents = texts(2000, 300)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "in.jsonl"
-        os.environ["PEAK"] = f"{folder}/peak"
+        os.environ["NOTES"] = f"{folder}/notes"
+        Path(os.environ["NOTES"]).mkdir()
         with path.open("w", encoding="utf-8") as file:
             for i in range(arguments.documents):
                 file.write(json.dumps({"id": str(i), "text": documents[i % 2000]}) + "\n")
-        runs.score(str(path), Path(folder) / "out", tier="1", scorer=arguments.scorer, load=load_measured)
-        print(Path(f"{folder}/peak").read_text(), peak_mib())
+        runs.score(str(path), Path(folder) / "out", tier="1", scorer=arguments.scorer, load=load_noted)
+        (note,) = Path(os.environ["NOTES"]).iterdir()
+        print(json.loads(note.read_text())[0], peak_mib())
 
 
 if __name__ == "__main__":
