@@ -45,6 +45,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/training.py --memory
 	$(BIN)/python benchmarks/training.py --monitor
 	$(BIN)/python benchmarks/audit.py
+	for what in tier1 overhead tier2 workers memory; do $(BIN)/python benchmarks/curation.py $$what || exit 1; done
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -19,8 +19,10 @@ SHOWN = 60  # characters of a value in a message
 AT_ONCE = 1 << 18  # hashes of ids in memory
 
 
-def open_run(out: Path, kind: str, made_from: dict[str, Any], shards: list[Shard], fresh: bool = False) -> None:
-    """Makes a folder of results, or finds the one that was begun with exactly this.
+def open_run(
+    out: Path, kind: str, made_from: dict[str, Any], shards: list[Shard], fresh: bool = False, **told: Any
+) -> None:
+    """Makes a folder of results, or finds the one that was begun with exactly this; `told` is kept, not compared.
 
     Raises:
         ValueError: the folder holds something else, or was begun with another input, scorer or option.
@@ -30,20 +32,22 @@ def open_run(out: Path, kind: str, made_from: dict[str, Any], shards: list[Shard
         raise ValueError(f"{out} is a file; --out takes a folder")
     if (out / MANIFEST).is_file():
         before = load(out)
+        if _value(before, "kind") != kind:
+            raise ValueError(f"{out} holds the result of `curate {_value(before, 'kind')}`; name another folder")
         changed = sorted(key for key in before["made_from"] | made_from if _value(before, key) != made_from.get(key))
         if not changed:
             return
         if not fresh:
-            told = "; ".join(_told(key, _value(before, key), made_from.get(key)) for key in changed[:3])
-            raise ValueError(f"{out} was begun otherwise: {told}; take another --out, or --fresh to replace it")
+            what = "; ".join(_told(key, _value(before, key), made_from.get(key)) for key in changed[:3])
+            raise ValueError(f"{out} was begun otherwise: {what}; take another --out, or --fresh to replace it")
         for part in before["parts"]:
             shutil.rmtree(out / part, ignore_errors=True)
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.name != SHARDS and path.suffix != ".partial" for path in out.iterdir()):
         raise ValueError(f"{out} holds other files and is no run of `curate`; name a new folder")
     parts = [STATE, "scores", "columns", "weights", "documents", "kept", "dropped", "tagged", "cooldown"]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / SHARDS, shards)
-    write_json(out / MANIFEST, {"made_from": made_from, "parts": parts, "complete": False})
+    write_json(out / MANIFEST, {"made_from": made_from, "told": told, "parts": parts, "complete": False})
 
 
 def load(folder: Path) -> dict[str, Any]:

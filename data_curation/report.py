@@ -58,11 +58,11 @@ def write(
     scores = open_scores(folder)
     parts = [_result(path, scores) for path in results]
     if threshold is None:
-        threshold = scores.manifest["made_from"]["threshold"] or 0.5
+        threshold = scores.manifest["told"]["threshold"] or 0.5
     thresholds = sorted({threshold, *(edge for part in parts for edge in part["thresholds"])})
     data = {
-        "folder": str(folder), "made_from": scores.manifest["made_from"], "figures": scores.manifest["figures"],
-        "threshold": threshold, "results": parts, **_distributions(scores),
+        "folder": str(folder), "threshold": threshold, "results": parts,
+        **{name: scores.manifest[name] for name in ("made_from", "told", "figures")}, **_distributions(scores),
         "examples": _examples(scores, thresholds), "groups": _groups(scores, results, groups, threshold, config),
     }  # fmt: skip
     data["files"] = len(data["made_from"]["input"])
@@ -104,10 +104,7 @@ def _result(path: Path, scores: Scores) -> dict[str, Any]:
     made_from = found["made_from"]
     if made_from["kind"] not in ("filter", "tag", "reweight") or not found["complete"]:
         raise ValueError(f"{path} is no finished result of `curate filter`, `tag` or `reweight`")
-    if (
-        made_from["scores"] != str(scores.folder.resolve())
-        or made_from["scorer"] != scores.manifest["made_from"]["scorer"]
-    ):
+    if made_from["scores"] != str(scores.folder) or made_from["scorer"] != scores.manifest["made_from"]["scorer"]:
         raise ValueError(f"{path} was made from other scores ({made_from['scores']})")
     options = {name: made_from[name] for name in OPTIONS if name in made_from}
     thresholds = [made_from["below"]] if "below" in made_from else made_from.get("edges", [])

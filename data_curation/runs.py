@@ -48,7 +48,8 @@ def score(
     """
     if shard_mb < 1 or max_characters < 1:
         raise ValueError(f"`--shard-mb` {shard_mb} and `--max-characters` {max_characters} are at least 1")
-    found = find(source, shard_mb << 20, split)
+    found, out = find(source, shard_mb << 20, split), out.resolve()
+    scorer = str(Path(scorer).resolve()) if Path(scorer).is_dir() else scorer  # workers may stand elsewhere
     if found.columns and text_column not in found.columns:
         first = found.shards[0].path
         raise ValueError(
@@ -59,11 +60,11 @@ def score(
     if id_column is not None and found.columns and id_column not in found.columns:
         raise ValueError(f"no column {id_column!r} for ids; there are {', '.join(found.columns)}, or --number-rows")
     loaded = load(source=scorer, tier=tier, model=model)
-    made_from = {"input": found.digests, "scorer": loaded.hash, "scorer_source": scorer, "tier": tier, "model": model}
     reading = loaded.second or loaded.first  # what its scores are compared with by default comes from the fit
-    made_from |= {"threshold": reading.tier.settings["threshold"] if reading else None}
-    made_from |= {"text_column": text_column, "id_column": id_column, "max_characters": max_characters}
-    manifest.open_run(out, "score", made_from, found.shards, fresh)
+    told = {"threshold": reading.tier.settings["threshold"] if reading else None, "scorer": scorer, "model": model}
+    made_from = {"input": found.digests, "scorer": loaded.hash, "tier": tier, "text_column": text_column}
+    made_from |= {"id_column": id_column, "max_characters": max_characters}
+    manifest.open_run(out, "score", made_from, found.shards, fresh, **told)
     state = out / manifest.STATE / "score"
     reader = ShardReader(found.shards, text_column, id_column, (), set_aside, max_characters)
     sidecar = (types or blocks.column_types()) | {"characters": pa.int32()}
@@ -94,7 +95,7 @@ class Scores(NamedTuple):
     def made_from(self, **options: Any) -> dict[str, Any]:
         """What a result of these scores depends on."""
         before = self.manifest["made_from"]
-        scores = {"scores": str(self.folder.resolve()), "scorer": before["scorer"], "input": before["input"]}
+        scores = {"scores": str(self.folder), "scorer": before["scorer"], "input": before["input"]}
         return scores | {"rows": self.manifest["figures"]["rows"]} | options
 
     def tables(self, names: list[str]) -> Iterator[pa.Table]:
@@ -104,6 +105,7 @@ class Scores(NamedTuple):
 
 
 def open_scores(folder: Path) -> Scores:
+    folder = folder.resolve()
     return Scores(folder, manifest.load_complete(folder, "score"), manifest.load_shards(folder))
 
 
@@ -184,6 +186,7 @@ def _documents(
     figures: dict[str, Any] | None = None, sidecar: tuple[str, dict[str, pa.DataType]] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Runs a selection that writes documents, and checks that each went somewhere."""
+    out = out.resolve()
     manifest.open_run(out, kind, made_from, scores.shards, fresh)
     state = out / manifest.STATE / kind
     text_column = scores.manifest["made_from"]["text_column"]
@@ -221,7 +224,7 @@ def reweight(
     Without a column for the topic or the format all documents count as one of it: words of a text would group texts
     by the very emotions that are to be weighed.
     """
-    scores = open_scores(folder)
+    scores, out = open_scores(folder), out.resolve()
     made_from = scores.made_from(beta=beta, floor=floor, cap=cap, topic=topic, format=form, sample=sample, seed=seed)
     columns = tuple(dict.fromkeys(name for name in (topic, form) if name))
     selection.check(beta, floor, cap)
@@ -238,7 +241,7 @@ def reweight(
         return _documents(*added, fit.figures, ("weights", ADDED))
     state = out / manifest.STATE / "reweight"
     beside = str(out / "columns") if columns else None
-    steps = [SidecarReader(scores.shards, str(folder / "scores"), beside), *steps]
+    steps = [SidecarReader(scores.shards, str(scores.folder / "scores"), beside), *steps]
     writer = ShardWriter(scores.shards, str(out), str(state), ("weights", ADDED))
     if not run([*steps, writer], scores.shards, out, "reweight", config):
         return None

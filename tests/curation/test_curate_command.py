@@ -140,7 +140,7 @@ def test_the_threshold_is_that_of_the_scorer_unless_it_is_given(tmp_path):
     path = tmp_path / "scores/run.json"
     for fitted, given, shown in ((None, None, 0.5), (0.305, None, 0.305), (0.305, 0.6, 0.6)):
         content = json.loads(path.read_text())
-        content["made_from"]["threshold"] = fitted
+        content["told"]["threshold"] = fitted
         path.write_text(json.dumps(content))
         report.write(tmp_path / "scores", [], tmp_path / "r", threshold=given)
         assert f"<h3>Below {shown}</h3>" in (tmp_path / "r/report.html").read_text()

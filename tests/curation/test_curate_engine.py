@@ -269,6 +269,11 @@ def test_a_folder_that_is_no_run_is_left_alone(corpus, tmp_path):
     with pytest.raises(ValueError, match="mine holds other files and is no run of `curate`; name a new folder"):
         score(corpus, tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    score(corpus, tmp_path / "scores")
+    before = contents(tmp_path / "scores")
+    with pytest.raises(ValueError, match="scores holds the result of `curate score`; name another folder"):
+        runs.filter_tail(tmp_path / "scores", tmp_path / "scores", 0.1, max_share=1, fresh=True)
+    assert contents(tmp_path / "scores") == before
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; --out takes a folder"):
         score(corpus, tmp_path / "file")

@@ -19,7 +19,7 @@ def test_the_shipped_scorer_through_the_engine(tmp_path):
     done = runs.score(str(source), tmp_path / "out", tier="1", config=Config(workers=2))
     scorer = load_scorer(tier="1")
     assert done["made_from"]["scorer"] == scorer.hash
-    assert done["made_from"]["threshold"] == scorer.first.tier.settings["threshold"]
+    assert done["told"]["threshold"] == scorer.first.tier.settings["threshold"]
     table = pq.read_table(tmp_path / "out/scores/a.parquet")
     assert table.schema.names == ["id", *COLUMNS, "characters"]
     for row, label in zip(table.to_pylist(), rows, strict=True):
