@@ -60,7 +60,7 @@ def write(
     if threshold is None:
         threshold = scores.manifest["told"]["threshold"] or 0.5
     thresholds = sorted({threshold, *(edge for part in parts for edge in part["thresholds"])})
-    data = {
+    data: dict[str, Any] = {
         "folder": str(folder), "threshold": threshold, "results": parts,
         **{name: scores.manifest[name] for name in ("made_from", "told", "figures")}, **_distributions(scores),
         "examples": _examples(scores, thresholds), "groups": _groups(scores, results, groups, threshold, config),

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import contents, score, sidecar, texts, write_jsonl, write_parquet
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
+from small_corpora import contents, score, sidecar, texts, write_jsonl, write_parquet
 
 from data_curation.blocks import MapScorer, RegulationFilter, RegulationScorer, Reweighter, Tagger, share
 from data_curation.pipeline import Config

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FAKE, contents, score, texts, write_jsonl, write_parquet
+from small_corpora import FAKE, contents, four_files, score, texts, write_jsonl, write_parquet
 
 from data_curation import cli, report, runs
 from data_curation.pipeline import load_config
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return four_files(tmp_path / "in")
 
 
 @pytest.fixture

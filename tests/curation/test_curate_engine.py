@@ -13,7 +13,7 @@ import fake_scorer
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import contents, score, sidecar, texts, write_jsonl, write_parquet
+from small_corpora import contents, four_files, score, sidecar, texts, write_jsonl, write_parquet
 
 from data_curation import manifest, runs
 from data_curation.blocks import RegulationScorer
@@ -31,6 +31,11 @@ from data_curation.pipeline import Config
 fake = dict(load=fake_scorer.load, types=fake_scorer.TYPES)
 runs.score({source!r}, Path({out!r}), config=Config(workers=2), **fake)
 """
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return four_files(tmp_path / "in")
 
 
 def markers(out: Path) -> list[str]:

@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FAKE, contents, score, texts, write_jsonl
+from small_corpora import FAKE, contents, four_files, score, texts, write_jsonl
 
 from data_curation import runs
 from data_curation.pipeline import Config, load_config
 
 HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return four_files(tmp_path / "in")
 
 
 def config(path: Path, text: str, workers: int | None = None) -> Config:

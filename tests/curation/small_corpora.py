@@ -1,10 +1,11 @@
+"""Small corpora, runs over them with the scorer of the tests, and what they left."""
+
 import json
 from pathlib import Path
 
 import fake_scorer
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from data_curation import runs
 from data_curation.pipeline import Config
@@ -52,10 +53,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def corpus(tmp_path) -> Path:
+def four_files(folder: Path) -> Path:
     """Three parquet files and a JSONL, 46 documents."""
     for name in "abc":
-        write_parquet(tmp_path / f"in/{name}.parquet", texts(12, name))
-    write_jsonl(tmp_path / "in/d.jsonl", texts(10, "d"))
-    return tmp_path / "in"
+        write_parquet(folder / f"{name}.parquet", texts(12, name))
+    write_jsonl(folder / "d.jsonl", texts(10, "d"))
+    return folder
