@@ -46,6 +46,7 @@ def test_an_audit_has_fourteen_tasks_with_a_pair_each_and_a_story_of_every_conce
     assert splits.pop("neutral") == {"train"}  # its components are projected out of the own directions
     assert all(split <= {"audit"} for split in splits.values())
     assert (texts["deflection"], texts["chats"]) == ([], [])
+    assert (len(texts["neutral"]), len(texts["elsewhere"])) == (60, 8)
 
 
 def test_a_full_audit_has_everything():
@@ -54,6 +55,10 @@ def test_a_full_audit_has_everything():
     assert len({failing.task for failing, _ in texts["twins"]}) > 20
     assert len(texts["pairs"]) > len({pair.task for pair in texts["pairs"]})
     assert len(texts["stories"]) == 4 * 171
+    assert len(texts["neutral"]) > 60
+    assert [failing.id for failing, _ in texts["elsewhere"]] == [
+        failing.id for failing, _ in texts["twins"] if failing.context == "plain"
+    ]
     assert {row.split for row in texts["deflection"]} == {"audit"}
 
 

@@ -10,6 +10,7 @@ from calibrate.commands import digest, full, identity, is_done, load
 
 QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
 QUICK_ELSEWHERE = 8  # of them in another template too
+QUICK_NEUTRAL = 60  # neutral dialogues whose leading components are projected out of the own directions
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -143,7 +144,10 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "elsewhere": elsewhere,
         "pairs": pairs,
         "dialogues": corpora.spread(dialogues, most),
-        "neutral": corpora.spread([r for r in corpora.load_neutral(arguments.neutral) if r.split == "train"], most),
+        "neutral": corpora.spread(
+            [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"],
+            most or (None if arguments.full else QUICK_NEUTRAL),
+        ),
         "stories": stories,
         "deflection": [row for row in corpora.load_deflection() if row.split == "audit"] if arguments.full else [],
         "scenarios": corpora.spread(kinds.load(kinds.Scenario), most),
