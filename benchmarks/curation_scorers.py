@@ -170,13 +170,13 @@ def logistic(values: np.ndarray, high: np.ndarray, asked: np.ndarray, penalty: f
 
 def learning_curve(rows: list[dict], tier: fit.Fitted, seed: int = 0) -> list[dict]:
     """AUC and Spearman with random parts of the passages, cross-validated: at most so many are fitted on."""
-    labels, wanted = evaluation.labelled(rows), ridge.targets(rows)
+    labels, wanted = evaluation.labelled(rows), tier.wanted
     order = np.random.default_rng(seed).permutation(len(rows))
     known, found = ~np.isnan(labels.regulation), []
     for count in CURVE:
-        left = np.ones(len(rows), bool)
+        left = np.pad(np.ones(len(rows), bool), (0, len(wanted.labels) - len(rows)))  # the background stays
         left[order[:count]] = False
-        raw = ridge.cross_validate(tier.alike, wanted, [tier.penalty], left)[0, :, 0]
+        raw = ridge.cross_validate(tier.alike, wanted, [tier.penalty], left)[0, : len(rows), 0]
         area = evaluation.auc(raw[labels.high], raw[labels.low])
         rank = evaluation.spearman(raw[known], labels.regulation[known])
         found.append({"passages": count, "AUC": area, "Spearman": rank})

@@ -34,6 +34,7 @@ ESCALATED = 0.97  # of the passages with a score, so many reach tier 2 in `auto`
 class Fitted(NamedTuple):
     """A tier's cross-validated numbers, its choice, and what its folder holds."""
 
+    wanted: ridge.Targets
     raw: np.ndarray  # [rows, heads], cross-validated
     scores: dict[str, np.ndarray]  # by head, 0 to 1, cross-validated and cross-calibrated
     null: np.ndarray  # bool: nothing to regulate
@@ -49,6 +50,7 @@ def fit(
     model: str | None = "default",
     vectors: str | None = "default",
     states: Path | None = None,
+    background: list[str] | None = None,
 ) -> dict[int, Fitted]:
     """Fits tier 1, and with `model` tier 2, and writes OUT/scorer.json and safetensors; returns both by number.
 
@@ -57,26 +59,36 @@ def fit(
             `stance` where they are known).
         vectors: emotion vectors of `model`, for the emotion columns; None leaves these null.
         states: folder to keep the passages' states in, so that a later call need not read them again.
+        background: plain texts that show no facet at all; by default the project's neutral dialogues.
 
     Raises:
         ValueError: a bad label, too few writers and events, or `out` holds something else.
     """
     if out.exists() and any(out.iterdir()) and not (out / "scorer.json").is_file():
         raise ValueError(f"{out} exists and holds no scorer; choose another `--out`")
-    wanted = ridge.targets(rows)
-    tiers = {1: first_tier(rows, wanted)}
+    background = neutral_dialogues() if background is None else background
+    wanted = ridge.targets(rows, len(background))
+    texts = [row["text"] for row in rows] + background
+    tiers = {1: first_tier(rows, texts, wanted)}
     if model is not None:
-        tiers[2] = second_tier(rows, wanted, model, vectors, states)
+        tiers[2] = second_tier(rows, texts, wanted, model, vectors, states)
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    config = {"format": FORMAT, "labels": {"rows": len(rows), "sha256": digest}}
+    config = {"format": FORMAT, "labels": {"rows": len(rows), "sha256": digest, "background": len(background)}}
     config |= {f"tier{number}": tier.config for number, tier in tiers.items()}
     _write(out, config, tiers)
     return tiers
 
 
-def word_kernels(rows: list[dict[str, Any]]) -> Kernels:
-    """By words and pairs; the vocabulary is that of the rows fitted on, in every fold anew."""
-    texts = [row["text"] for row in rows]
+def neutral_dialogues() -> list[str]:
+    """The shipped neutral dialogues of the training split, as plain text."""
+    from calibrate import corpora
+
+    rows = [row for row in corpora.load_neutral() if row.split == "train"]
+    return ["\n".join(message["content"] for message in row.messages) for row in rows]
+
+
+def word_kernels(texts: list[str]) -> Kernels:
+    """By words and pairs; the vocabulary is that of the texts fitted on, in every fold anew."""
 
     def matrix(chosen: np.ndarray) -> np.ndarray:
         vocabulary, idf = features.build([texts[row] for row in chosen])
@@ -85,18 +97,22 @@ def word_kernels(rows: list[dict[str, Any]]) -> Kernels:
     return kernels.words(matrix)
 
 
-def first_tier(rows: list[dict[str, Any]], wanted: ridge.Targets) -> Fitted:
-    """Tier 1: a ridge over words and pairs of words."""
-    texts = [row["text"] for row in rows]
+def first_tier(rows: list[dict[str, Any]], texts: list[str], wanted: ridge.Targets) -> Fitted:
+    """Tier 1: a ridge over words and pairs of words; `texts` are those of the rows and then the background."""
     vocabulary, idf = features.build(texts)
-    fitted, dual = _tier(word_kernels(rows), wanted, rows, PENALTIES[1], {"words": " ".join(vocabulary.words)})
+    fitted, dual = _tier(word_kernels(texts), wanted, rows, PENALTIES[1], {"words": " ".join(vocabulary.words)})
     weights = features.matrix(vocabulary, idf, texts).T @ dual
     fitted.tensors.update(pairs=vocabulary.pairs, idf=idf.astype(np.float16), weights=weights.astype(np.float16))
     return fitted
 
 
 def second_tier(
-    rows: list[dict[str, Any]], wanted: ridge.Targets, model: str, vectors: str | None, folder: Path | None
+    rows: list[dict[str, Any]],
+    texts: list[str],
+    wanted: ridge.Targets,
+    model: str,
+    vectors: str | None,
+    folder: Path | None,
 ) -> Fitted:
     """Tier 2: the same words, and states of the layers whose cross-validated heads agree best with the labels."""
     from calibrate import models
@@ -112,8 +128,9 @@ def second_tier(
         directions.check(shape.hidden_size, shape.num_hidden_layers, checkpoint.weight_hash, model)
         known = [emotion for emotion in EMOTIONS if emotion in directions.concepts]
         emotional, tensors = directions.reading_layers(), reader.emotion_tensors(directions, known)
-    texts = [row["text"] for row in rows]
-    states = reader.cached(checkpoint, texts, sorted({*layers, *emotional}), folder)
+    count, stored = len(rows), sorted({*layers, *emotional})
+    parts = [reader.cached(checkpoint, part, stored, folder) for part in (texts[:count], texts[count:]) if part]
+    states = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     tried = {}
     for layer in layers:
         alike = kernels.states(_together(states, [layer]))
@@ -125,7 +142,7 @@ def second_tier(
     settings |= {"shape": [shape.hidden_size, shape.num_hidden_layers], "layers_tried": tried}
     settings["reads"] = [[third, layer] for layer in read for third in THIRDS]
     values = _together(states, read)
-    alike = kernels.together(kernels.states(values), word_kernels(rows))
+    alike = kernels.together(kernels.states(values), word_kernels(texts))
     fitted, dual = _tier(alike, wanted, rows, PENALTIES[2], settings)
     embedding = kernels.embed(values)
     vocabulary, idf = features.build(texts)
@@ -148,8 +165,8 @@ def _together(states: dict, layers: list[int]) -> np.ndarray:
 
 def _quality(raw: np.ndarray, wanted: ridge.Targets) -> tuple[float, float]:
     """Spearman with the labels: of regulation, and the mean over the other heads."""
-    known = ~np.isnan(wanted.labels[:, 0])
-    others = [evaluation.spearman(raw[:, at], wanted.labels[:, at]) for at in range(1, raw.shape[1])]
+    known, judged = ~np.isnan(wanted.labels[:, 0]), wanted.folds >= 0
+    others = [evaluation.spearman(raw[judged, at], wanted.labels[judged, at]) for at in range(1, raw.shape[1])]
     return evaluation.spearman(raw[known, 0], wanted.labels[known, 0]), float(np.nanmean(others))
 
 
@@ -168,8 +185,9 @@ def _tier(
     tried = ridge.cross_validate(alike, wanted, [(value, value) for value in penalties])
     quality = np.array([_quality(raw, wanted) for raw in tried])
     first, other = quality.argmax(0)
-    raw, penalty = np.concatenate([tried[first][:, :1], tried[other][:, 1:]], 1), (penalties[first], penalties[other])
-    labels, folds = wanted.labels, wanted.folds
+    count, penalty = len(rows), (penalties[first], penalties[other])
+    raw = np.concatenate([tried[first][:count, :1], tried[other][:count, 1:]], 1)
+    labels, folds = wanted.labels[:count], wanted.folds[:count]
     known = ~np.isnan(labels[:, 0])
     heads: dict[str, Head] = {}
     scores: dict[str, np.ndarray] = {}
@@ -184,14 +202,14 @@ def _tier(
     settings = settings | {"penalty": penalty, "gates": gates}
     settings["threshold"] = choose_threshold(scores["regulation"], null, np.array([row.get("cell") for row in rows]))
     settings["escalate"] = choose_escalation(scores, gates, known)
-    everything = np.arange(len(rows))
+    everything = np.arange(len(wanted.labels))
     dual, constant = ridge.heads(alike(everything)[0], wanted, everything, penalty)
     offsets = ridge.stance_offsets(raw[:, -len(STANCES) :], labels[:, -len(STANCES) :])
     constant[-len(STANCES) :] += offsets
     raw[:, -len(STANCES) :] += offsets
     config = {"names": wanted.names, "heads": {name: head._asdict() for name, head in heads.items()}}
     bias = {"bias": constant.astype(np.float32)}
-    return Fitted(raw, scores, null, config | {"settings": settings}, bias, alike, penalty), dual
+    return Fitted(wanted, raw, scores, null, config | {"settings": settings}, bias, alike, penalty), dual
 
 
 def nothing(scores: dict[str, np.ndarray], gates: dict[str, float]) -> np.ndarray:
@@ -257,13 +275,13 @@ def _write(out: Path, config: dict[str, Any], tiers: dict[int, Fitted]) -> None:
 def evaluate(rows: list[dict[str, Any]], fitted: Fitted) -> list[evaluation.Figure]:
     """Cross-validated figures of a tier on the rows it was fitted on, and each low cell left out of all fitting."""
     labels = evaluation.labelled(rows, valence([row["text"] for row in rows]))
-    wanted = ridge.targets(rows)
     threshold = fitted.config["settings"]["threshold"]
     score = np.where(fitted.null, 0.5, fitted.scores["regulation"])
     found = evaluation.figures(score, fitted.null, threshold, labels)
     for cell in [cell for cell in LOW if (labels.cells == cell).any() and labels.high.any()]:
         left = labels.cells == cell
-        raw = ridge.cross_validate(fitted.alike, wanted, [fitted.penalty], left)[0, :, 0]
+        leave = np.pad(left, (0, len(fitted.wanted.labels) - len(rows)))
+        raw = ridge.cross_validate(fitted.alike, fitted.wanted, [fitted.penalty], leave)[0, : len(rows), 0]
         side = labels._replace(cells=np.where(labels.high | left, labels.cells, ""))
         interval = evaluation.separation(raw, side)
         found.append(evaluation.Figure(f"AUC without {cell.replace('_', ' ')} in fitting", *interval, "by writer"))

@@ -20,7 +20,11 @@ MAX_FOLDS = 10
 
 
 class Targets(NamedTuple):
-    """What the heads learn: labels in 0 to 1 [rows, heads], nan where there is none; and what is held constant."""
+    """What the heads learn: labels in 0 to 1 [rows, heads], nan where there is none; and what is held constant.
+
+    Background texts follow the labelled rows: they have no regulation, every other label is 0, and their fold is -1,
+    which is in every fit and never judged.
+    """
 
     names: list[str]
     labels: np.ndarray
@@ -29,8 +33,11 @@ class Targets(NamedTuple):
     folds: np.ndarray  # [rows]
 
 
-def targets(rows: list[dict[str, Any]]) -> Targets:
+def targets(rows: list[dict[str, Any]], background: int = 0) -> Targets:
     """Regulation, the facets that every row is labelled with, and a column for each stance.
+
+    Args:
+        background: how many texts without any of it are fitted with the rows.
 
     Raises:
         ValueError: a label is missing or out of range; names the row.
@@ -52,7 +59,12 @@ def targets(rows: list[dict[str, Any]]) -> Targets:
     held = [[row["facets"][facet] / LEVELS for facet in HELD if facet in known] for row in rows]
     harm = [sum(row["facets"][facet] for facet in MALADAPTIVE if facet in known) / LEVELS for row in rows]
     harm = HARM * np.minimum(harm, HARM_MOST)
-    return Targets(["regulation", *known, *STANCES], np.array(columns).T, np.array(held), harm, folds(rows))
+    labels, none = np.array(columns).T, ((0, background), (0, 0))
+    labels = np.pad(labels, none)
+    labels[len(rows) :, 0] = np.nan
+    held, harm = np.pad(np.array(held), none), np.pad(harm, none[0])
+    where = np.pad(folds(rows), none[0], constant_values=-1)
+    return Targets(["regulation", *known, *STANCES], labels, held, harm, where)
 
 
 def folds(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -96,9 +108,9 @@ def heads(
     """
     labels = wanted.labels[rows].copy()
     labels[:, 0] -= wanted.harm[rows]
-    none = np.zeros((len(rows), 0))
     dual, constant = np.zeros(labels.shape), np.zeros(labels.shape[1])
-    dual[:, 1:], constant[1:] = solve(kernel, labels[:, 1:], none, penalty[1])
+    # Without a constant: a text that is like none of these has no facet, not the mean of passages chosen for theirs.
+    dual[:, 1:] = np.linalg.solve(kernel + penalty[1] * np.eye(len(kernel)), labels[:, 1:])
     known = np.flatnonzero(~np.isnan(labels[:, 0]))
     found = solve(kernel[np.ix_(known, known)], labels[known, :1], wanted.held[rows[known]], penalty[0])
     dual[known, :1], constant[:1] = found
@@ -110,7 +122,7 @@ def cross_validate(
 ) -> np.ndarray:
     """Raw numbers [penalties, rows, heads] of rows from heads that saw neither their fold nor the rows `leave`."""
     result = np.zeros((len(penalties), *wanted.labels.shape))
-    for fold in np.unique(wanted.folds):
+    for fold in np.unique(wanted.folds[wanted.folds >= 0]):
         left = wanted.folds == fold
         fit = np.flatnonzero(~left if leave is None else ~left & ~leave)
         kernel, across = kernels(fit)

@@ -188,3 +188,27 @@ def test_pairs_of_one_event_are_counted_where_they_are_the_right_way_round():
     score = np.array([0.8, 0.3, 0.9, 0.4, 0.1, 0.2, 0.5])
     assert evaluation.swapped(score, evaluation.labelled(rows)).estimate == 0.5
     assert evaluation.swapped(score[4:], evaluation.labelled(rows[4:])) is None
+
+
+def test_background_is_in_every_fit_and_never_judged():
+    rows = passages()
+    wanted = ridge.targets(rows, 2)
+    assert wanted.folds[-2:].tolist() == [-1, -1]
+    assert np.isnan(wanted.labels[-2:, 0]).all()
+    assert not wanted.labels[-2:, 1:].any()
+    fitted = []
+
+    def alike(chosen):
+        fitted.append(set(chosen.tolist()))
+        return np.eye(len(chosen)), np.eye(len(rows) + 2)[:, chosen]
+
+    raw = ridge.cross_validate(alike, wanted, [(1.0, 1.0)])[0]
+    assert all({len(rows), len(rows) + 1} <= chosen for chosen in fitted)
+    assert not raw[-2:].any()
+
+
+def test_a_text_that_is_like_no_passage_has_nothing_to_regulate(tmp_path):
+    rows = [row for row in passages() if row["cell"] != "neutral"][:60]
+    fit.fit([*rows, passages()[-1]], tmp_path / "out", model=None)
+    found = load_scorer(str(tmp_path / "out"), "1").score(["zxcv qwer " * 80, rows[0]["text"]])
+    assert found[0]["affect_present"] < 0.3 < 0.6 < found[1]["affect_present"]
