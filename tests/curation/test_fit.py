@@ -24,6 +24,9 @@ def test_the_calibration_error_is_freed_of_sampling_noise():
     label = (generator.uniform(size=4000) < score).astype(float)
     assert evaluation.calibration_error(score, label) < 0.02
     assert evaluation.calibration_error(score + 0.2, label) == pytest.approx(0.2, abs=0.02)
+    # Bins of 20 labels err by about 0.1 by chance alone.
+    parts = [evaluation.calibration_error(score[at : at + 100], label[at : at + 100]) for at in range(0, 4000, 100)]
+    assert np.mean(parts) < 0.06
 
 
 def test_kappa_and_explained_variance_by_hand():
@@ -86,20 +89,20 @@ def test_likeness_of_states_is_that_of_the_saved_points():
 
 
 def test_gates_find_what_is_null_and_spare_the_rest():
+    """Five of 300 cheat coldly, at a score of 0.3; of the 100 null ones 30 seem to cheat at 0.5 and are given up."""
     generator = np.random.default_rng(0)
-    null = np.arange(400) < 100
-    affect = np.where(null, 0.1, 0.8) + generator.normal(0, 0.05, 400)
-    cheating = np.where(np.arange(400) >= 380, 0.9, 0.05) + generator.normal(0, 0.02, 400)
-    affect[380:] = 0.1  # cold: nothing is felt
-    cold = np.arange(400) >= 380
+    rows = np.arange(400)
+    null, cold, doubtful = rows < 100, rows >= 395, rows < 30
+    affect = np.where(null | cold, 0.1, 0.8) + generator.normal(0, 0.05, 400)
+    cheating = np.select([cold, doubtful], [0.3, 0.5], 0.05) + generator.normal(0, 0.02, 400)
     scores = {"regulation": affect, "affect_present": affect, "corner_cutting": cheating}
-    gates = fit.choose_gates(
-        {name: scores[name] for name in ("affect_present", "corner_cutting")}, null, [~null, cold]
-    )
-    found = fit.nothing(scores, gates)
-    assert found[null].mean() > 0.95
-    assert found[~null].mean() <= fit.FALSE_NULLS
+    gating = {name: scores[name] for name in ("affect_present", "corner_cutting")}
+    found = fit.nothing(scores, fit.choose_gates(gating, null, [~null, cold]))
+    assert 0.65 <= found[null].mean() <= 0.7
     assert not found[cold].any()
+    assert found[~null].mean() <= fit.FALSE_NULLS
+    careless = fit.nothing(scores, fit.choose_gates(gating, null, [~null]))
+    assert careless[cold].any()
     assert fit.choose_gates({"corner_cutting": cheating}, null, [~null]) == {}
     assert not fit.nothing(scores, {}).any()
 
@@ -212,3 +215,26 @@ def test_a_text_that_is_like_no_passage_has_nothing_to_regulate(tmp_path):
     fit.fit([*rows, passages()[-1]], tmp_path / "out", model=None)
     found = load_scorer(str(tmp_path / "out"), "1").score(["zxcv qwer " * 80, rows[0]["text"]])
     assert found[0]["affect_present"] < 0.3 < 0.6 < found[1]["affect_present"]
+
+
+def test_harm_is_taken_off_the_regulation_that_is_learnt():
+    """Rows that are like none: the constant is the mean. Half a facet off for panic 4, 0.75 where there is more."""
+    rows = [row | {"facets": row["facets"] | {"panic": 4, "despair": 0}} for row in passages()]
+    wanted = ridge.targets(rows)
+    assert wanted.harm[0] == 0.5
+    assert wanted.harm.max() == 0.75  # 1.5 facets at most: invalidation 4 and panic 4 are two
+    _, constant = ridge.heads(np.zeros((80, 80)), wanted, np.arange(80), (1.0, 1.0))
+    assert constant[0] == pytest.approx(np.nanmean(wanted.labels[:, 0] - wanted.harm))
+    assert not constant[1:].any()
+
+
+def test_two_kinds_of_likeness_are_heard_alike():
+    def first(chosen):
+        return np.eye(2), np.ones((3, 2))
+
+    def second(chosen):
+        return 8 * np.eye(2), 8 * np.ones((3, 2))
+
+    among, across = kernels.together(first, second)(np.arange(2))
+    assert among.tolist() == [[2, 0], [0, 2]]
+    assert across.tolist() == [[2, 2]] * 3
