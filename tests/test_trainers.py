@@ -145,7 +145,8 @@ def test_two_small_micro_steps_equal_one_large_step_and_checkpointing_changes_no
         other = make(**{"contexts_per_step": 2} | options | change)
         for row, wanted in zip(train(other), expected, strict=True):
             for name in ("loss", *(key for key in wanted if key.startswith(("calibration/", "reading/")))):
-                assert row[name] == pytest.approx(wanted[name], abs=2e-6), name
+                # The task's loss is made of log-probabilities of hundreds of nats, which float32 knows to 6e-5.
+                assert row[name] == pytest.approx(wanted[name], abs=2e-5 if name == "loss" else 2e-6), name
         for name, part in weights(large).items():
             torch.testing.assert_close(weights(other)[name], part, rtol=0, atol=1e-6)
 
