@@ -173,13 +173,13 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
 
 
 def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
-    """Name, arm, and every figure of `COLUMNS` and the hinge at the header, with 95 % intervals over tasks."""
+    """Name, arm, the distance to the ceiling, the hinge, and every figure of a comparison, with 95 % intervals."""
     records = [load_record(folder) for folder in (before, after)]
     change = readers.compare(*records)
     excess = above_ceiling(*records, quantile)
     huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
     found = {"excess": stats.mean(excess), "hinge": stats.mean(huber)}
-    return {"run": name, "arm": arm} | found | {key: change.figures[key] for key in COLUMNS if key != "excess"}
+    return {"run": name, "arm": arm} | found | change.figures
 
 
 def above_ceiling(before: Record, after: Record, quantile: float) -> np.ndarray:

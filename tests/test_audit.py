@@ -234,36 +234,34 @@ def test_probes_see_each_task_once(planted, monkeypatch):
 UP = {"fall_failing": Interval(2.0, 1.8, 2.1), "fall_own": Interval(1.0, 0.8, 1.4), "gain": Interval(0.5, 0.4, 0.7)}
 
 
-def with_figures(planted, **figures) -> readers.Change:
-    change = readers.compare(make_record(planted), make_record(planted))
-    empty = dict.fromkeys(readers.FIGURES)
-    return change._replace(figures=empty | {"evasion": Interval(0.5, 0.4, 0.6)} | UP | figures)
+def with_figures(**figures) -> readers.Figures:
+    return dict.fromkeys(readers.FIGURES) | {"evasion": Interval(0.5, 0.4, 0.6)} | UP | figures
 
 
-def test_figures_beyond_the_largest_control(planted):
+def test_figures_beyond_the_largest_control():
     """Falls: 2 less the larger of 0.4 and -1. Gains: 0.5 less nothing, since both controls lost."""
     controls = {
-        name: with_figures(planted, fall_failing=Interval(fall, 0, 9), gain=Interval(gain, -9, 9))
+        name: with_figures(fall_failing=Interval(fall, 0, 9), gain=Interval(gain, -9, 9))
         for name, fall, gain in (("random", 0.4, -0.2), ("shuffled", -1.0, -0.1))
     }
-    figures = readers.beside_controls(with_figures(planted), controls).figures
+    figures = readers.beside_controls(with_figures(), controls)
     assert figures["fall_over_controls"] == pytest.approx((1.6, 1.4, 1.7))
     assert figures["gain_over_controls"] == pytest.approx(UP["gain"])
     assert figures["evasion_over_none"] is None  # there is no arm of that name
 
 
-def test_evasion_beyond_training_without_a_penalty(planted):
+def test_evasion_beyond_training_without_a_penalty():
     """Frozen 2 - 0.5 = 1.5 and own 1 - 0.4 = 0.6 [0.4, 1.0]: 1 - 0.6 / 1.5 = 0.6 [1/3, 11/15]."""
-    none = with_figures(planted, fall_failing=Interval(0.5, 0, 1), fall_own=Interval(0.4, 0, 1))
-    figures = readers.beside_controls(with_figures(planted), {"none": none}).figures
+    none = with_figures(fall_failing=Interval(0.5, 0, 1), fall_own=Interval(0.4, 0, 1))
+    figures = readers.beside_controls(with_figures(), {"none": none})
     assert figures["evasion_over_none"] == pytest.approx((0.6, 1 / 3, 11 / 15))
-    none = with_figures(planted, fall_failing=Interval(1.75, 0, 2))  # 0.25 sigma are left: too few for a ratio
-    assert readers.beside_controls(with_figures(planted), {"none": none}).figures["evasion_over_none"] is None
+    none = with_figures(fall_failing=Interval(1.75, 0, 2))  # 0.25 sigma are left: too few for a ratio
+    assert readers.beside_controls(with_figures(), {"none": none})["evasion_over_none"] is None
 
 
-def test_without_controls_nothing_is_beyond_them(planted):
-    change = with_figures(planted)
-    assert readers.beside_controls(change, {}) == change
+def test_without_controls_nothing_is_beyond_them():
+    figures = with_figures()
+    assert readers.beside_controls(figures, {}) == figures
 
 
 @pytest.mark.parametrize(

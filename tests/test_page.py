@@ -39,7 +39,7 @@ def test_the_verdict_is_read_and_the_concept_chosen(browser, planted, tmp_path):
         r._replace(contexts=r.contexts._replace(profile=r.profile._replace(traces=[trace]))) for r in records
     )
     change = readers.compare(before, after)
-    judged = verdict.judge(change)
+    judged = verdict.judge(change.figures)
     report.write(tmp_path, judged, before, after, change, {})
     browser.get((tmp_path / "report.html").as_uri())
     by_css = lambda query: browser.find_elements("css selector", query)  # noqa: E731

@@ -66,7 +66,9 @@ def write(folder, audits, judged=VERDICT, arm="random") -> str:
     """Writes the report of these audits and returns the page."""
     before, after, control = audits
     controls = {arm: readers.compare(before, control)}
-    change = readers.beside_controls(readers.compare(before, after), controls)
+    change = readers.compare(before, after)
+    figures = readers.beside_controls(change.figures, {name: one.figures for name, one in controls.items()})
+    change = change._replace(figures=figures)
     report.write(folder, judged, before, after, change, controls)
     return (folder / "report.html").read_text(encoding="utf-8")
 

@@ -14,6 +14,7 @@ from records import BASELINE, LEVELS, make_record
 
 from calibrate import cli
 from calibrate.audit.readers import FIGURES
+from calibrate.audit.verdict import load_rule
 from calibrate.stats import Interval
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,60 @@ def test_the_ceiling_is_the_recipes_or_the_variants_own(sweep, monkeypatch):
     sweep.config.write_text(sweep.config.read_text() + "ceiling_quantile: 0.3\n")
     sweep("--arms", "none", "--results", str(sweep.out / "other"))
     assert asked[2:] == [0.3]
+
+
+@pytest.fixture
+def verdicts(monkeypatch):
+    """recipes/verdicts.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    sys.modules.pop("verdicts", None)
+    import verdicts  # ty: ignore[unresolved-import]
+
+    return verdicts
+
+
+def put_row(folder, run, arm, **figures) -> None:
+    (folder / run).mkdir(parents=True)
+    row = {"run": run, "arm": arm, "excess": None} | dict.fromkeys(FIGURES) | figures
+    (folder / run / "row.json").write_text(json.dumps(row))
+
+
+def test_a_run_is_judged_beside_the_controls_of_its_folder_and_none_of_its_seed(verdicts, tmp_path):
+    """Evasion beside `none` of the seed is 1 - (0.6 + 0.2) / 1 = 0.2, beside the first 1 - 0.6 / 1 = 0.4, of 0.25 that
+    are allowed."""
+    fall, own, gain = [1.0, 0.9, 1.1], [0.6, 0.5, 0.7], [0.5, 0.4, 0.6]
+    moved = {"fall_failing": fall, "fall_own": own, "gain": gain, "evasion": [0.4, 0.3, 0.5]}
+    for run in ("hinge-refit-seed1", "hinge-refit-beta=2"):
+        put_row(tmp_path, run, "hinge-refit", **moved)
+    still = [0.0, -0.1, 0.1]
+    for seed, plain in ((0, still), (1, [-0.2, -0.3, -0.1])):
+        more = {"fall_own": plain, "gain": [0.1, 0.0, 0.2], "kl": [0.1, 0.04 + seed / 100, 0.2]}
+        put_row(tmp_path, f"none-seed{seed}", "none", fall_failing=still, **more)
+    (tmp_path / "none-seed2").mkdir()
+    (tmp_path / "none-seed2" / "row.json").write_text('{"run": "none-seed2", "arm": "none", "kl": null}')  # an old one
+    runs, controls = verdicts.load(tmp_path)
+    assert (list(runs), list(controls)) == (["hinge-refit-beta=2", "hinge-refit-seed1"], ["none-seed0", "none-seed1"])
+    assert verdicts.judge("hinge-refit-seed1", runs, controls).outcome == "calibrated"
+    (one,) = (one for outcome in load_rule() for together in outcome.any for one in together if one.figure == "kl")
+    assert verdicts.nearest(one, controls) == ("none-seed1", pytest.approx(0.05))
+    assert verdicts.nearest(one._replace(relation="<"), controls) == ("none-seed0", pytest.approx(0.04))
+    lines = verdicts.table(runs, controls).splitlines()
+    assert lines[2:6] == [
+        "| hinge-refit-beta=2 | evasion | - |", "| hinge-refit-seed1 | calibrated | - |",
+        "| none-seed0 | no effect | - |", "| none-seed1 | no effect | - |",
+    ]  # fmt: skip
+    assert "| damage | kl.low > 0.1 | none-seed1 | 0.050 |" in lines
+    assert "| complacency | failure_change.high < -0.3 | - | - |" in lines
+    put_row(tmp_path, "random-seed0", "random", fall_failing=still, gain=[0.6, 0, 1])
+    put_row(tmp_path, "none-seed3", "none", fall_failing=still, fall_own=[0.5, 0, 1])
+    runs, controls = verdicts.load(tmp_path)
+    judged = verdicts.judge("hinge-refit-seed1", runs, controls)
+    assert judged.findings[0].otherwise == ["gain_over_controls.low > 0"]
+
+
+def test_a_folder_without_full_rows_is_refused(verdicts, tmp_path):
+    with pytest.raises(ValueError, match=r"no RUN/row\.json with all figures of a comparison; run recipes/sweep\.py"):
+        verdicts.load(tmp_path)
 
 
 @pytest.mark.slow

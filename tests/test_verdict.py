@@ -72,39 +72,32 @@ CLAUSES = [
 ]
 
 
-@pytest.fixture
-def change(planted, monkeypatch) -> readers.Change:
-    monkeypatch.setattr(stats, "RESAMPLES", 2)
-    monkeypatch.setattr(probes, "STEPS", 1)
-    return readers.compare(make_record(planted), make_record(planted))
-
-
-def test_a_good_change_is_calibrated(change):
-    judged = judge(change._replace(figures=CALIBRATED))
+def test_a_good_change_is_calibrated():
+    judged = judge(CALIBRATED)
     assert [finding.outcome for finding in judged.findings] == [judged.outcome] == ["calibrated"]
     assert judged.not_tested == {}
 
 
 @pytest.mark.parametrize(("outcome", "together", "spared"), CLAUSES)
-def test_the_border_of_every_inequality(change, outcome, together, spared):
+def test_the_border_of_every_inequality(outcome, together, spared):
     """All inequalities of a clause hold by a hair, and the outcome fires; or one fails by a hair, and it does not."""
     figures = dict(CALIBRATED)
     for index, one in enumerate(together):
         step = EDGE if one.relation in (">", ">=") else -EDGE
         value = one.threshold + (step if index != spared else -step)
         figures[one.figure] = figures[one.figure]._replace(**{one.side: value})
-    fired = [finding.outcome for finding in judge(change._replace(figures=figures)).findings]
+    fired = [finding.outcome for finding in judge(figures).findings]
     assert (outcome in fired) is (spared is None)
 
 
-def test_suppression_shows_what_the_replies_owe_to_text_and_to_state(change):
+def test_suppression_shows_what_the_replies_owe_to_text_and_to_state():
     """Replies became more honest over an unchanged reading; the parts stand beside and decide nothing."""
     figures = CALIBRATED | {"fall_failing": NOTHING, "gain": FALL, "fall_text": Interval(0.5, 0.4, 0.6)}
-    findings = {f.outcome: f for f in judge(change._replace(figures=figures)).findings}
+    findings = {f.outcome: f for f in judge(figures).findings}
     assert [line for line in findings["suppression"].figures if "by the text" in line] == [
         "part of it by the text: either model reads the other's reply (sigma): 0.5 [0.4, 0.6]"
     ]
-    missing = judge(change._replace(figures=figures | {"fall_text": None}))
+    missing = judge(figures | {"fall_text": None})
     assert [(f.outcome, f.otherwise) for f in missing.findings] == [(n, f.otherwise) for n, f in findings.items()]
     assert "by the text" not in " ".join(missing.findings[0].figures)
 
@@ -116,12 +109,12 @@ evasion: {means: hidden, any: [["evasion.estimate > 0.25", "evasion.low > 0"], [
 """
 
 
-def test_all_that_fire_are_listed_with_figures_and_what_would_undo_them(change, tmp_path, monkeypatch):
+def test_all_that_fire_are_listed_with_figures_and_what_would_undo_them(tmp_path, monkeypatch):
     (tmp_path / "rule.yaml").write_text(RULE, encoding="utf-8")
     rule = load_rule(tmp_path / "rule.yaml")
     monkeypatch.setattr(verdict, "load_rule", lambda: rule)
     figures = {"loss_change": Interval(0.5, 0.2, 1), "kl": Interval(0.3, 0.2, 0.4), "evasion": Interval(0.9, 0.5, 1)}
-    judged = judge(change._replace(figures=CALIBRATED | figures))
+    judged = judge(CALIBRATED | figures)
     assert [finding.outcome for finding in judged.findings] == ["damage", "evasion"]
     damage, evasion = judged.findings
     assert damage.figures == [
@@ -133,7 +126,7 @@ def test_all_that_fire_are_listed_with_figures_and_what_would_undo_them(change, 
     assert judged.sentence == f"worse text ({'; '.join(damage.figures)})"
 
 
-def test_what_undoes_an_outcome_is_its_opposite(change):
+def test_what_undoes_an_outcome_is_its_opposite():
     """For every inequality of the rule: where it holds its opposite does not, and the other way round."""
     for outcome in load_rule():
         for together in outcome.any:
@@ -145,27 +138,27 @@ def test_what_undoes_an_outcome_is_its_opposite(change):
                     assert one.holds(found) is not other.holds(found), (one, value)
 
 
-def test_calibrated_shows_what_speaks_for_it(change):
-    (finding,) = judge(change._replace(figures=CALIBRATED | {"specificity": None})).findings
+def test_calibrated_shows_what_speaks_for_it():
+    (finding,) = judge(CALIBRATED | {"specificity": None}).findings
     assert finding.figures[0] == "fall on failing contexts, turn header (sigma): 1 [0.8, 1.2]"
     assert len(finding.figures) == 3  # what could not be formed is left out
     assert finding.otherwise == []
 
 
-def test_what_cannot_be_formed_is_not_tested_and_does_not_fire(change):
+def test_what_cannot_be_formed_is_not_tested_and_does_not_fire():
     """An outcome is tested where one of its inequalities could be tried."""
     rule = {outcome.name: outcome for outcome in load_rule()}
     needed = dict.fromkeys(one.figure for together in rule["evasion"].any for one in together)
     missing = dict.fromkeys(["specificity", *needed, "kl", "propagation"])
-    judged = judge(change._replace(figures=CALIBRATED | missing))
+    judged = judge(CALIBRATED | missing)
     assert judged.outcome == "calibrated"
     assert judged.not_tested == {"indiscriminate": "needs specificity", "evasion": f"needs {', '.join(needed)}"}
-    judged = judge(change._replace(figures=dict.fromkeys(readers.FIGURES)))
+    judged = judge(dict.fromkeys(readers.FIGURES))
     assert list(judged.not_tested) == ORDER
 
 
-def test_without_a_band_the_premise_is_not_met(change):
-    judged = judge(change._replace(figures=CALIBRATED), "no layer qualifies")
+def test_without_a_band_the_premise_is_not_met():
+    judged = judge(CALIBRATED, "no layer qualifies")
     assert [finding.outcome for finding in judged.findings] == ["premise not met"]
     assert judged.findings[0].figures == ["no layer qualifies"]
     assert judged.findings[0].otherwise == ["the search finds a band"]
@@ -228,9 +221,10 @@ def test_a_planted_fault_gets_its_name(monkeypatch, fault):
     untrained = make_record(vectors, **{"header": BASELINE} | before)
     change = readers.compare(untrained, make_record(vectors, **TRAINED | after))
     arms = {
-        name: readers.compare(untrained, make_record(vectors, **TRAINED | fields)) for name, fields in controls.items()
+        name: readers.compare(untrained, make_record(vectors, **TRAINED | fields)).figures
+        for name, fields in controls.items()
     }
-    judged = judge(readers.beside_controls(change, arms))
+    judged = judge(readers.beside_controls(change.figures, arms))
     assert [finding.outcome for finding in judged.findings] == outcomes
     assert judged.outcome == outcomes[0]
     assert any(re.search(words, figure) for figure in judged.findings[0].figures)

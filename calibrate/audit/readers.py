@@ -63,6 +63,9 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
 }
 
 
+Figures = dict[str, Interval | None]  # by the names of `FIGURES`; None where a figure cannot be formed
+
+
 class ConceptChange(NamedTuple):
     """Readings of one concept at the turn header on failing contexts, mean over the band, sigma."""
 
@@ -76,7 +79,7 @@ class ConceptChange(NamedTuple):
 class Change(NamedTuple):
     """Before against after of one checkpoint, on audit tasks."""
 
-    figures: dict[str, Interval | None]  # by the names of `FIGURES`; None where it cannot be formed
+    figures: Figures
     concepts: list[ConceptChange]
     layers: list[tuple[int, Interval, Interval]]  # layer, fall on failing, fall on passing
     probes: dict[str, list[Probe]]  # before and after
@@ -97,7 +100,7 @@ def compare(before: Record, after: Record) -> Change:
     vectors, row = before.vectors, before.vectors.index(before.concept)
     at = vectors.positions(vectors.used_band())
     frozen = [effects.by_kind(record, None) for record in (before, after)]
-    figures: dict[str, Interval | None] = dict.fromkeys(FIGURES)
+    figures: Figures = dict.fromkeys(FIGURES)
     failing, passing = (effects.fall(frozen, "header", kind, row, at) for kind in ("failing", "passing"))
     contrast = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, at].mean(1)
     figures |= {"contrast": stats.mean(contrast), "fall_failing": stats.mean(failing)}
@@ -142,27 +145,27 @@ def compare(before: Record, after: Record) -> Change:
     )
 
 
-def beside_controls(change: Change, controls: dict[str, Change]) -> Change:
-    """The change with the figures that only control arms can give: those beyond the largest of them.
+def beside_controls(figures: Figures, controls: dict[str, Figures]) -> Figures:
+    """A change's figures with those that only control arms can give: what is beyond the largest of them.
 
     Args:
-        controls: by the name of their arm; `none` also corrects the evasion index.
+        controls: the arms' figures, by their names; `none` also corrects the evasion index.
     """
-    figures = dict(change.figures)
+    figures = dict(figures)
     for name, beyond in (("fall_failing", "fall_over_controls"), ("gain", "gain_over_controls")):
-        found = [interval.estimate for control in controls.values() if (interval := control.figures[name])]
+        found = [interval.estimate for control in controls.values() if (interval := control[name])]
         if found and (own := figures[name]):
             figures[beyond] = Interval(*(value - max(0.0, *found) for value in own))
     none = controls.get("none")
     if none is not None and figures["evasion"]:
-        falls = [one.figures[name] for name in ("fall_failing", "fall_own") for one in (change, none)]
+        falls = [one[name] for name in ("fall_failing", "fall_own") for one in (figures, none)]
         frozen, plain_frozen, own, plain_own = (fall for fall in falls if fall)
         left = frozen.estimate - plain_frozen.estimate
         if left > effects.SMALLEST_FALL:
             # Only the arm's own spread is in the interval: one run of `none` has no spread of its own.
             values = [1 - (fall - plain_own.estimate) / left for fall in own]
             figures["evasion_over_none"] = Interval(values[0], values[2], values[1])
-    return change._replace(figures=figures)
+    return figures
 
 
 def _check_comparable(before: Record, after: Record) -> None:

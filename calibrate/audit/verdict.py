@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import yaml
 
-from calibrate.audit.readers import FIGURES, Change
+from calibrate.audit.readers import FIGURES, Figures
 from calibrate.stats import Interval
 
 CALIBRATED = "calibrated"
@@ -24,7 +24,7 @@ class Inequality(NamedTuple):
     relation: str
     threshold: float
 
-    def holds(self, figures: dict[str, Interval | None]) -> bool | None:
+    def holds(self, figures: Figures) -> bool | None:
         """None where the figure could not be formed."""
         interval = figures[self.figure]
         if interval is None:
@@ -89,7 +89,7 @@ def _parse(text: str, path: Path) -> Inequality:
     return Inequality(match[1], match[2], match[3], float(match[4]))
 
 
-def judge(change: Change, band_reason: str | None = None) -> Verdict:
+def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
     """Applies the rule.
 
     Args:
@@ -97,31 +97,29 @@ def judge(change: Change, band_reason: str | None = None) -> Verdict:
     """
     findings, not_tested = [], {}
     for outcome in load_rule():
-        met = [[one.holds(change.figures) for one in together] for together in outcome.any]
+        met = [[one.holds(figures) for one in together] for together in outcome.any]
         if outcome.name == "premise not met" and band_reason is not None:
             findings.append(Finding(outcome.name, outcome.means, [band_reason], ["the search finds a band"]))
             continue
         if all(None in holds for holds in met):
             missing = dict.fromkeys(one.figure for together in outcome.any for one in together)
-            not_tested[outcome.name] = "needs " + ", ".join(n for n in missing if change.figures[n] is None)
+            not_tested[outcome.name] = "needs " + ", ".join(n for n in missing if figures[n] is None)
         fired = [together for together, holds in zip(outcome.any, met, strict=True) if all(h is True for h in holds)]
         if fired:
-            figures = dict.fromkeys(_say(one, change) for together in fired for one in together)
-            beside = [
-                f"{FIGURES[name]}: {_show(change.figures[name])}" for name in outcome.shown if change.figures[name]
-            ]
+            said = dict.fromkeys(_say(one, figures) for together in fired for one in together)
+            beside = [f"{FIGURES[name]}: {_show(figures[name])}" for name in outcome.shown if figures[name]]
             otherwise = [" or ".join(_say_opposite(one) for one in together) for together in fired]
-            findings.append(Finding(outcome.name, outcome.means, [*figures, *beside], otherwise))
+            findings.append(Finding(outcome.name, outcome.means, [*said, *beside], otherwise))
     if not findings:
         names = ("fall_failing", "specificity", "fall_own", "gain")
-        shown = [f"{FIGURES[name]}: {_show(change.figures[name])}" for name in names if change.figures[name]]
+        shown = [f"{FIGURES[name]}: {_show(figures[name])}" for name in names if figures[name]]
         means = "the reading fell on failing contexts, specifically and by every reader, and replies are more honest"
         findings = [Finding(CALIBRATED, means, shown, [])]
     return Verdict(findings[0].outcome, findings, not_tested)
 
 
-def _say(one: Inequality, change: Change) -> str:
-    interval = change.figures[one.figure]
+def _say(one: Inequality, figures: Figures) -> str:
+    interval = figures[one.figure]
     return f"{FIGURES[one.figure]}: {_show(interval)}, {one.side} {one.relation} {one.threshold:g}"
 
 

@@ -30,8 +30,9 @@ def compare(arguments: argparse.Namespace) -> None:
     controls = {
         name: readers.compare(before, load_record(_audited(model, arguments))) for name, model in arguments.arms
     }
-    change = readers.beside_controls(change, controls)
-    outcome = verdict.judge(change, None if before.vectors.band else before.vectors.band_reason)
+    beside = readers.beside_controls(change.figures, {name: control.figures for name, control in controls.items()})
+    change = change._replace(figures=beside)
+    outcome = verdict.judge(beside, None if before.vectors.band else before.vectors.band_reason)
     report.write(arguments.out, outcome, before, after, change, controls)
     print(f"Verdict: {outcome.outcome}. {outcome.sentence}")
     for finding in outcome.findings[1:]:

@@ -1,0 +1,83 @@
+"""
+What the decision rule says of every run of a sweep, and how near its control arms come to each inequality.
+
+```bash
+python recipes/verdicts.py recipes/smollm2-135m/sweep
+```
+
+Writes `verdicts.md` into the folder: a run is judged beside the control arms of the same folder (its evasion index
+beside `none` of its own seed, else of the first); then, for each inequality, the control run that comes nearest to it.
+A threshold that control arms reach says nothing about a penalty.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import figures
+
+from calibrate.audit import readers, verdict
+from calibrate.audit.verdict import Inequality
+from calibrate.stats import Interval
+from calibrate.training.arms import CONTROLS, Arm
+
+Runs = dict[str, readers.Figures]
+
+
+def load(folder: Path) -> tuple[Runs, Runs]:
+    """Figures of the runs and of the control runs, by name.
+
+    Raises:
+        ValueError: no run has all figures of a comparison.
+    """
+    runs, controls = {}, {}
+    for path in sorted(folder.glob("*/row.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if readers.FIGURES.keys() <= row.keys():
+            found = {name: Interval(*row[name]) if row[name] else None for name in readers.FIGURES}
+            (controls if row["arm"] in {Arm.NONE, *CONTROLS} else runs)[row["run"]] = found
+    if not runs and not controls:
+        raise ValueError(f"{folder}: no RUN/row.json with all figures of a comparison; run recipes/sweep.py")
+    return runs, controls
+
+
+def judge(name: str, runs: Runs, controls: Runs) -> verdict.Verdict:
+    """The verdict on a run beside the control arms; a control is judged beside the others."""
+    beside = {other: found for other, found in controls.items() if other != name}
+    plain = [other for other in beside if other.startswith("none-")]
+    if plain:
+        same = f"none-{name.rsplit('-', 1)[-1]}"
+        beside["none"] = beside[same if same in plain else plain[0]]
+    return verdict.judge(readers.beside_controls((runs | controls)[name], beside))
+
+
+def nearest(one: Inequality, controls: Runs) -> tuple[str, float] | None:
+    """The control run that comes nearest to an inequality, or furthest beyond it; None where none has the figure."""
+    sign = 1 if one.relation in (">", ">=") else -1
+    values = {name: getattr(found[one.figure], one.side) for name, found in controls.items() if found[one.figure]}
+    return max(values.items(), key=lambda item: sign * item[1], default=None)
+
+
+def table(runs: Runs, controls: Runs) -> str:
+    lines = ["| run | verdict | also |", "|---|---|---|"]
+    for name in [*runs, *controls]:
+        first, *also = (finding.outcome for finding in judge(name, runs, controls).findings)
+        lines.append(f"| {name} | {first} | {', '.join(also) or '-'} |")
+    lines += ["", f"| outcome | inequality | nearest of {len(controls)} control runs | value |", "|---|---|---|---|"]
+    for outcome in verdict.load_rule():
+        for one in dict.fromkeys(one for together in outcome.any for one in together):
+            text = f"{one.figure}.{one.side} {one.relation} {one.threshold:g}"
+            name, value = nearest(one, controls) or ("-", None)
+            lines.append(f"| {outcome.name} | {text} | {name} | {'-' if value is None else f'{value:.3f}'} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python recipes/verdicts.py FOLDER (the `--results` of a sweep)")
+    try:
+        found = table(*load(Path(sys.argv[1])))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    figures.put(Path(sys.argv[1]) / "verdicts.md", found)
+    print(found)
