@@ -10,7 +10,7 @@ from calibrate.training.arms import Arm
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibratedSFTConfig
 
 ROOT = Path(__file__).parents[1]
-RECIPES = [path for path in sorted(ROOT.glob("recipes/**/*.yaml")) if path.stem != "pretrain"]  # that one is run
+RECIPES = [path for path in sorted(ROOT.glob("recipes/**/*.yaml")) if "pretrain" not in path.stem]  # those are run
 LAUNCHERS = sorted(ROOT.glob("accelerate_configs/**/*.yaml"))
 # The first word of a recipe's file name says which script reads it.
 CONFIGS = {"dpo": CalibratedDPOConfig, "sft": CalibratedSFTConfig, "grpo": CalibratedGRPOConfig}

@@ -108,13 +108,15 @@ def test_scores_go_with_their_passages(scored):
         pretrain.load(args)
 
 
-def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["pretrain", "pretrain-gpu"])
+def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys, name):
     import runpy
 
     out = scored / "run"
-    options = {"config": ROOT / "recipes" / "smollm2-135m" / "pretrain.yaml", "model_name_or_path": tiny_folder}
+    options = {"config": ROOT / "recipes" / "smollm2-135m" / f"{name}.yaml", "model_name_or_path": tiny_folder}
     options |= {"pool": scored / "pool.parquet", "scores": scored / "scored", "selection": "curated", "tokens": 128}
     options |= {"max_length": 32, "per_device_train_batch_size": 2, "output_dir": out}
+    options |= {"use_cpu": "true", "bf16": "false"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     for said in ("curated: 4 blocks of 32 tokens, of 4 passages", "already holds this run, finished; nothing to do"):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
