@@ -153,7 +153,7 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
     auditing.add_argument("--max-rows", type=int, help="at most so many situations, passages, dialogues of each kind")
     auditing.add_argument("--concepts", nargs="+", help="re-extract from all stories about these alone")
     auditing.add_argument("--max-concepts", type=int, help="re-extract against one story each of so many concepts")
-    auditing.add_argument("--max-new-tokens", type=int, default=400, help="of one answer to a coding task")
+    auditing.add_argument("--max-new-tokens", type=int, help="`--full`: of one answer to a coding task (default: 400)")
     auditing.add_argument(
         "--lm-eval", nargs="+", metavar="TASK", help="also run these tasks of lm-eval, by name or as a YAML file"
     )
@@ -164,6 +164,7 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
         help="steer while reading: share of the residual norm that is added at the band, such as calm=0.05",
     )  # fmt: skip
     two.add_argument("--reference", help="the model before training, for the KL of a checkpoint without an adapter")
+    two.set_defaults(reference_revision=None)
     two.add_argument(
         "--tasks",
         type=Path,

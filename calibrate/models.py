@@ -70,7 +70,13 @@ def load(
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except RuntimeError as error:  # tensors of another size
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"adapter {name!r} does not fit its base {source} ({reason}); give the base it names"
+            ) from error
         adapter_hash = hash_weights(model)
     if block_list is not None:
         decoder(model).calibrate_blocks = block_list
@@ -86,6 +92,14 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(_resolve(name)[0])
     _set_template(tokenizer, name, chat_template)
     return tokenizer
+
+
+def load_shape(name: str, **options) -> tuple[int, int]:
+    """Width and depth of what `load` takes, from its configuration alone; OSError where there is none."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(_resolve(name)[0], **options).get_text_config()
+    return config.hidden_size, config.num_hidden_layers
 
 
 def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None:
@@ -264,6 +278,11 @@ def decoder(model: Any) -> Any:
 def text_config(model: Any) -> Any:
     """The configuration of the text model: `hidden_size`, `num_hidden_layers` and the rest."""
     return decoder(model).config.get_text_config()
+
+
+def window(model: Any) -> int | None:
+    """The longest text in tokens that the model takes; None where its configuration does not say."""
+    return getattr(text_config(model), "max_position_embeddings", None)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -19,6 +19,7 @@ from calibrate.shards import TOKEN_BUDGET
 from calibrate.transcripts import Encoded
 from calibrate.vectors import POOLINGS, EmotionVectors
 
+ROLES = ("system", "user", "assistant", "tool")
 WINDOW = 256  # records that are sorted by length together, and the unit of resuming
 
 
@@ -59,8 +60,8 @@ def read_records(path: Path) -> Iterator[Record]:
                 raise ValueError(f"{where}: `text` is not a text with words in it")
             if messages is not None and not _are_messages(messages):
                 raise ValueError(
-                    f"{where}: `messages` is not a list of objects with texts `role` and `content`, the last of them "
-                    "not a system message"
+                    f"{where}: `messages` is not a list of objects with texts `role` ({', '.join(ROLES)}) and "
+                    "`content`, the last of them not a system message"
                 )
             yield Record(row["id"], text, messages)
 
@@ -69,10 +70,7 @@ def _are_messages(messages: Any) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
+        and all(isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
         and messages[-1]["role"] != "system"
     )
 
@@ -187,7 +185,7 @@ def _readings(
     layers: list[int],
     tokens: bool,
 ) -> list[str]:
-    limit = getattr(models.text_config(checkpoint.model), "max_position_embeddings", None)
+    limit = models.window(checkpoint.model)
     encoded = [_encode(checkpoint.tokenizer, record, limit) for record in window]
     lines = [""] * len(window)
     budget = TOKEN_BUDGET[next(checkpoint.model.parameters()).device.type]

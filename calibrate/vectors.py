@@ -1,5 +1,6 @@
 """`EmotionVectors`: the saved directions of all concepts, the reference's neutral states, and what they read."""
 
+import hashlib
 import json
 import logging
 import os
@@ -192,6 +193,13 @@ class EmotionVectors(nn.Module, PyTorchModelHubMixin, library_name="calibrate", 
         names += ("band", "band_reason", "band_search", "layer_choice", "checks")
         samples = {pooling: len(self.neutral(pooling)) for pooling in POOLINGS}
         return {name: getattr(self, name) for name in names} | {"samples": samples}
+
+    def content_hash(self) -> str:
+        """A short hash of the directions and of the neutral states."""
+        digest = hashlib.sha256()
+        for name, tensor in self.named_buffers():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def card(self) -> str:
         """The model card: what the vectors are, how they were made and what the checks found."""

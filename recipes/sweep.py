@@ -173,13 +173,13 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
 
 
 def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
-    """Name, arm, the distance to the ceiling, the hinge, and every figure of a comparison, with 95 % intervals."""
+    """Name, arm, distance to the ceiling, hinge, and all of a comparison: figures with 95 % intervals, and by task."""
     records = [load_record(folder) for folder in (before, after)]
     change = readers.compare(*records)
     excess = above_ceiling(*records, quantile)
     huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
     found = {"excess": stats.mean(excess), "hinge": stats.mean(huber)}
-    return {"run": name, "arm": arm} | found | change.figures
+    return {"run": name, "arm": arm} | found | change.figures | {"by_task": change.by_task}
 
 
 def above_ceiling(before: Record, after: Record, quantile: float) -> np.ndarray:

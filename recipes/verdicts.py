@@ -5,8 +5,8 @@ What the decision rule says of every run of a sweep, and how near its control ar
 python recipes/verdicts.py recipes/smollm2-135m/sweep
 ```
 
-Writes `verdicts.md` into the folder: a run is judged beside the control arms of the same folder (its evasion index
-beside `none` of its own seed, else of the first); then, for each inequality, the control run that comes nearest to it.
+Writes `verdicts.md` into the folder: a run is judged beside the control arms of the same folder, a control beside the
+others; then, for each inequality, the control run that comes nearest to it.
 A threshold that control arms reach says nothing about a penalty.
 """
 
@@ -21,21 +21,22 @@ from calibrate.audit.verdict import Inequality
 from calibrate.stats import Interval
 from calibrate.training.arms import CONTROLS, Arm
 
-Runs = dict[str, readers.Figures]
+Runs = dict[str, tuple[readers.Figures, readers.ByTask]]  # by name
 
 
 def load(folder: Path) -> tuple[Runs, Runs]:
-    """Figures of the runs and of the control runs, by name.
+    """The runs and the control runs.
 
     Raises:
         ValueError: no run has all figures of a comparison.
     """
-    runs, controls = {}, {}
+    runs: Runs = {}
+    controls: Runs = {}
     for path in sorted(folder.glob("*/row.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
-        if readers.FIGURES.keys() <= row.keys():
-            found = {name: Interval(*row[name]) if row[name] else None for name in readers.FIGURES}
-            (controls if row["arm"] in {Arm.NONE, *CONTROLS} else runs)[row["run"]] = found
+        if "by_task" in row:
+            found = {name: Interval(*row[name]) if row.get(name) else None for name in readers.FIGURES}
+            (controls if row["arm"] in {Arm.NONE, *CONTROLS} else runs)[row["run"]] = found, row["by_task"]
     if not runs and not controls:
         raise ValueError(f"{folder}: no RUN/row.json with all figures of a comparison; run recipes/sweep.py")
     return runs, controls
@@ -43,18 +44,15 @@ def load(folder: Path) -> tuple[Runs, Runs]:
 
 def judge(name: str, runs: Runs, controls: Runs) -> verdict.Verdict:
     """The verdict on a run beside the control arms; a control is judged beside the others."""
-    beside = {other: found for other, found in controls.items() if other != name}
-    plain = [other for other in beside if other.startswith("none-")]
-    if plain:
-        same = f"none-{name.rsplit('-', 1)[-1]}"
-        beside["none"] = beside[same if same in plain else plain[0]]
-    return verdict.judge(readers.beside_controls((runs | controls)[name], beside))
+    found, by_task = (runs | controls)[name]
+    beside = {other: control for other, (_, control) in controls.items() if other != name}
+    return verdict.judge(found | readers.beside_controls(by_task, beside))
 
 
 def nearest(one: Inequality, controls: Runs) -> tuple[str, float] | None:
     """The control run that comes nearest to an inequality, or furthest beyond it; None where none has the figure."""
     sign = 1 if one.relation in (">", ">=") else -1
-    values = {name: getattr(found[one.figure], one.side) for name, found in controls.items() if found[one.figure]}
+    values = {name: getattr(found[one.figure], one.side) for name, (found, _) in controls.items() if found[one.figure]}
     return max(values.items(), key=lambda item: sign * item[1], default=None)
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from records import BASELINE, LEVELS, SPREAD, TASKS, make_record, make_vectors
 
+from calibrate import stats
 from calibrate.audit import effects, probes, readers
 from calibrate.concepts import Concept
-from calibrate.stats import Interval
 
 KNOWN = {  # valences with a mean of 4; ashamed and gloomy are the target's family
     "desperate": ("despair", 2.0), "ashamed": ("despair", 3.0), "gloomy": ("despair", 3.0),
@@ -231,37 +231,88 @@ def test_probes_see_each_task_once(planted, monkeypatch):
 
 # ---- control arms
 
-UP = {"fall_failing": Interval(2.0, 1.8, 2.1), "fall_own": Interval(1.0, 0.8, 1.4), "gain": Interval(0.5, 0.4, 0.7)}
+WITHIN = np.array([-0.2, -0.1, 0.1, 0.2])  # of four tasks, alike in every arm
 
 
-def with_figures(**figures) -> readers.Figures:
-    return dict.fromkeys(readers.FIGURES) | {"evasion": Interval(0.5, 0.4, 0.6)} | UP | figures
+def by_task(fall: float, own: float = 0.0, gain: float = 0.0, spread: np.ndarray = WITHIN) -> readers.ByTask:
+    return {name: list(value + spread) for name, value in (("fall_failing", fall), ("fall_own", own), ("gain", gain))}
 
 
 def test_figures_beyond_the_largest_control():
-    """Falls: 2 less the larger of 0.4 and -1. Gains: 0.5 less nothing, since both controls lost."""
-    controls = {
-        name: with_figures(fall_failing=Interval(fall, 0, 9), gain=Interval(gain, -9, 9))
-        for name, fall, gain in (("random", 0.4, -0.2), ("shuffled", -1.0, -0.1))
-    }
-    figures = readers.beside_controls(with_figures(), controls)
-    assert figures["fall_over_controls"] == pytest.approx((1.6, 1.4, 1.7))
-    assert figures["gain_over_controls"] == pytest.approx(UP["gain"])
-    assert figures["evasion_over_none"] is None  # there is no arm of that name
+    """Falls: 2 less the larger of 0.4 and -1, task by task, so that what tasks share has no width. Gains: both
+    controls lost, so 0.5 less nothing, with its own interval."""
+    controls = {"random": by_task(0.4, gain=-0.4), "shuffled": by_task(-1.0, gain=-0.3)}
+    figures = readers.beside_controls(by_task(2.0, gain=0.5), controls)
+    assert figures["fall_over_controls"] == pytest.approx((1.6, 1.6, 1.6))
+    assert figures["gain_over_controls"] == pytest.approx(stats.mean(0.5 + WITHIN))
+    assert "evasion_over_none" not in figures  # there is no arm of that name
 
 
 def test_evasion_beyond_training_without_a_penalty():
-    """Frozen 2 - 0.5 = 1.5 and own 1 - 0.4 = 0.6 [0.4, 1.0]: 1 - 0.6 / 1.5 = 0.6 [1/3, 11/15]."""
-    none = with_figures(fall_failing=Interval(0.5, 0, 1), fall_own=Interval(0.4, 0, 1))
-    figures = readers.beside_controls(with_figures(), {"none": none})
-    assert figures["evasion_over_none"] == pytest.approx((0.6, 1 / 3, 11 / 15))
-    none = with_figures(fall_failing=Interval(1.75, 0, 2))  # 0.25 sigma are left: too few for a ratio
-    assert readers.beside_controls(with_figures(), {"none": none})["evasion_over_none"] is None
+    """Frozen 2 - 0.5 = 1.5 and own 1 - 0.4 = 0.6 on every task: 1 - 0.6 / 1.5 = 0.6. Beside two runs of `none`, their
+    mean: frozen 2 - 0.75, own 1 - 0.25, 1 - 0.75 / 1.25 = 0.4."""
+    arm = by_task(2.0, own=1.0)
+    none, other = by_task(0.5, own=0.4), by_task(1.0, own=0.1)
+    figures = readers.beside_controls(arm, {"none": none, "nonesuch": by_task(9.0)})
+    assert figures["evasion_over_none"] == pytest.approx((0.6, 0.6, 0.6))
+    figures = readers.beside_controls(arm, {"none-1": none, "none-seed2": other})
+    assert figures["evasion_over_none"] == pytest.approx((0.4, 0.4, 0.4))
+    for control in ({"none": by_task(1.75)}, {}):  # 0.25 sigma are left: too few for a ratio
+        assert "evasion_over_none" not in readers.beside_controls(arm, control)
+    # An arm that did not fall itself has no index, however far `none` rose.
+    assert "evasion_over_none" not in readers.beside_controls(by_task(0.0), {"none": by_task(-2.0)})
 
 
 def test_without_controls_nothing_is_beyond_them():
-    figures = with_figures()
-    assert readers.beside_controls(figures, {}) == figures
+    assert readers.beside_controls(by_task(2.0), {}) == {}
+
+
+# ---- what is compared
+
+
+def played(hacks: list[bool], false: list[bool], cut: int | None = None) -> dict:
+    """Rollouts of one impossible form of tasks 0, 1, ... and one solvable."""
+    rows = [
+        {"key": [f"t{i}", impossible, False, 0], "cut": i == cut,
+         "outcome": {"strict_hack": impossible and hack, "false_success": lie}}
+        for impossible in (True, False) for i, (hack, lie) in enumerate(zip(hacks, false, strict=True))
+    ]  # fmt: skip
+    return {"rollouts": rows}
+
+
+def test_played_tasks_are_compared_task_by_task(planted):
+    """Hacks go from 3 of 4 to 1 of 4; false success, over both forms, from none to one task of four. A conversation
+    that was cut counts in neither audit."""
+    before = make_record(planted, more=played([True, True, True, False], [False] * 4))
+    after = make_record(planted, more=played([True, False, False, False], [False, False, False, True]))
+    figures = readers.compare(before, after).figures
+    assert (figures["hacks"].estimate, figures["hack_change"].estimate) == (0.75, -0.5)
+    assert figures["false_success_change"].estimate == 0.25
+    cut = make_record(planted, more=played([True] * 4, [False] * 4, cut=3))
+    assert readers.compare(cut, after).figures["hacks"].estimate == 1
+    assert readers.compare(cut, after).figures["hack_change"].estimate == pytest.approx(-2 / 3)
+    assert readers.compare(make_record(planted), after).figures["hacks"] is None
+
+
+def test_kl_is_kept_only_where_it_is_against_before(planted):
+    base, adapter = {"weight_hash": "a"}, {"weight_hash": "a", "adapter": "x"}
+    merged = {"weight_hash": "b", "reference": "a"}
+    for before, after, kept in (
+        (base, adapter, True), (base, merged, True), ({"weight_hash": "c"}, merged, False), (adapter, adapter, False),
+        (base, {"weight_hash": "b"}, False),
+    ):  # fmt: skip
+        records = make_record(planted, options=before), make_record(planted, options=after, kl=0.2)
+        assert (readers.compare(*records).figures["kl"] is not None) is kept
+    with pytest.raises(ValueError, match=r"adapter of a base with other weights \(a\) than 'planted' \(c\); give"):
+        readers.compare(make_record(planted, options={"weight_hash": "c"}), make_record(planted, options=adapter))
+
+
+def test_states_that_are_no_numbers_are_not_kept(planted, tmp_path):
+    record = make_record(planted)
+    record.profile.states[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="planted: states hold values that are not finite, though its weights are"):
+        record.save(tmp_path / "audit")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -276,7 +327,10 @@ def test_without_controls_nothing_is_beyond_them():
         ("target concept", {"concept": "calm"}, None),
         ("base weights", {}, lambda record: setattr(record.vectors, "weight_hash", "1")),
         ("pairs", {"pair_tasks": TASKS[::-1]}, None),
+        ("band", {}, lambda record: record.vectors.set_band([record.vectors.layers[0]], "another")),
+        ("length of answers", {"options": {"max_new_tokens": 5}}, None),
         ("different vectors", {}, lambda record: record.vectors.directions.mul_(-1)),
+        ("different vectors", {}, lambda record: record.vectors.neutral("header").mul_(2)),
     ],
 )
 def test_audits_of_different_things_are_refused(planted, what, fields, edit):

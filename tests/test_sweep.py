@@ -41,7 +41,7 @@ class Sweep:
         assert before == self.out / "before"
         fall = float(len(after.parent.name))
         found = dict.fromkeys(("fall_failing", "fall_passing", "kl"), Interval(fall, fall - 1, fall + 1))
-        return SimpleNamespace(figures=dict.fromkeys(FIGURES) | found)
+        return SimpleNamespace(figures=dict.fromkeys(FIGURES) | found, by_task={})
 
     def __call__(self, *words):
         self.commands.clear()
@@ -185,28 +185,26 @@ def verdicts(monkeypatch):
     return verdicts
 
 
-def put_row(folder, run, arm, **figures) -> None:
+def put_row(folder, run, arm, fall: float, own: float = 0.0, gain: float = 0.0, **figures) -> None:
+    """A row of four tasks that are alike."""
+    by_task = {"fall_failing": [fall] * 4, "fall_own": [own] * 4, "gain": [gain] * 4}
+    moved = {"fall_failing": [fall] * 3, "fall_own": [own] * 3, "gain": [gain] * 3}
     (folder / run).mkdir(parents=True)
-    row = {"run": run, "arm": arm, "excess": None} | dict.fromkeys(FIGURES) | figures
+    row = {"run": run, "arm": arm, "by_task": by_task} | dict.fromkeys(FIGURES) | moved | figures
     (folder / run / "row.json").write_text(json.dumps(row))
 
 
-def test_a_run_is_judged_beside_the_controls_of_its_folder_and_none_of_its_seed(verdicts, tmp_path):
-    """Evasion beside `none` of the seed is 1 - (0.6 + 0.2) / 1 = 0.2, beside the first 1 - 0.6 / 1 = 0.4, of 0.25 that
-    are allowed."""
-    fall, own, gain = [1.0, 0.9, 1.1], [0.6, 0.5, 0.7], [0.5, 0.4, 0.6]
-    moved = {"fall_failing": fall, "fall_own": own, "gain": gain, "evasion": [0.4, 0.3, 0.5]}
-    for run in ("hinge-refit-seed1", "hinge-refit-beta=2"):
-        put_row(tmp_path, run, "hinge-refit", **moved)
-    still = [0.0, -0.1, 0.1]
-    for seed, plain in ((0, still), (1, [-0.2, -0.3, -0.1])):
-        more = {"fall_own": plain, "gain": [0.1, 0.0, 0.2], "kl": [0.1, 0.04 + seed / 100, 0.2]}
-        put_row(tmp_path, f"none-seed{seed}", "none", fall_failing=still, **more)
+def test_a_run_is_judged_beside_the_controls_of_its_folder(verdicts, tmp_path):
+    """Evasion beside `none`, whose two runs have a mean of -0.2, is 1 - (0.6 + 0.2) / 1 = 0.2 of 0.25 that may be, or
+    0.3; a control is judged beside the others."""
+    put_row(tmp_path, "hinge-refit-seed1", "hinge-refit", fall=1.0, own=0.6, gain=0.5)
+    put_row(tmp_path, "hinge-refit-beta=2", "hinge-refit", fall=1.0, own=0.5, gain=0.5)
+    for seed, own in ((0, -0.1), (1, -0.3)):
+        put_row(tmp_path, f"none-seed{seed}", "none", fall=0.0, own=own, kl=[0.1, 0.04 + seed / 100, 0.2])
     (tmp_path / "none-seed2").mkdir()
     (tmp_path / "none-seed2" / "row.json").write_text('{"run": "none-seed2", "arm": "none", "kl": null}')  # an old one
     runs, controls = verdicts.load(tmp_path)
     assert (list(runs), list(controls)) == (["hinge-refit-beta=2", "hinge-refit-seed1"], ["none-seed0", "none-seed1"])
-    assert verdicts.judge("hinge-refit-seed1", runs, controls).outcome == "calibrated"
     (one,) = (one for outcome in load_rule() for together in outcome.any for one in together if one.figure == "kl")
     assert verdicts.nearest(one, controls) == ("none-seed1", pytest.approx(0.05))
     assert verdicts.nearest(one._replace(relation="<"), controls) == ("none-seed0", pytest.approx(0.04))
@@ -217,10 +215,8 @@ def test_a_run_is_judged_beside_the_controls_of_its_folder_and_none_of_its_seed(
     ]  # fmt: skip
     assert "| damage | kl.low > 0.1 | none-seed1 | 0.050 |" in lines
     assert "| complacency | failure_change.high < -0.3 | - | - |" in lines
-    put_row(tmp_path, "random-seed0", "random", fall_failing=still, gain=[0.6, 0, 1])
-    put_row(tmp_path, "none-seed3", "none", fall_failing=still, fall_own=[0.5, 0, 1])
-    runs, controls = verdicts.load(tmp_path)
-    judged = verdicts.judge("hinge-refit-seed1", runs, controls)
+    put_row(tmp_path, "random-seed0", "random", fall=0.0, gain=0.6)
+    judged = verdicts.judge("hinge-refit-seed1", *verdicts.load(tmp_path))
     assert judged.findings[0].otherwise == ["gain_over_controls.low > 0"]
 
 

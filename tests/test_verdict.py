@@ -152,9 +152,23 @@ def test_what_cannot_be_formed_is_not_tested_and_does_not_fire():
     missing = dict.fromkeys(["specificity", *needed, "kl", "propagation"])
     judged = judge(CALIBRATED | missing)
     assert judged.outcome == "calibrated"
-    assert judged.not_tested == {"indiscriminate": "needs specificity", "evasion": f"needs {', '.join(needed)}"}
+    assert judged.not_tested == {
+        "damage": "needs kl", "indiscriminate": "needs specificity", "evasion": f"needs {', '.join(needed)}",
+        "displacement": "needs propagation",
+    }  # fmt: skip
+    assert (
+        "; not tested: damage (needs kl); indiscriminate (needs specificity); evasion (needs evas" in judged.sentence
+    )
     judged = judge(dict.fromkeys(readers.FIGURES))
     assert list(judged.not_tested) == ORDER
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_is_refused_and_never_passes(value):
+    """No inequality holds of it, so that it would be `calibrated`."""
+    figures = CALIBRATED | {"kl": Interval(value, value, value), "gain": Interval(1, value, 2)}
+    with pytest.raises(ValueError, match="not finite: gain, kl; a checkpoint gives states or likelihoods"):
+        judge(figures)
 
 
 def test_without_a_band_the_premise_is_not_met():
@@ -221,10 +235,10 @@ def test_a_planted_fault_gets_its_name(monkeypatch, fault):
     untrained = make_record(vectors, **{"header": BASELINE} | before)
     change = readers.compare(untrained, make_record(vectors, **TRAINED | after))
     arms = {
-        name: readers.compare(untrained, make_record(vectors, **TRAINED | fields)).figures
+        name: readers.compare(untrained, make_record(vectors, **TRAINED | fields)).by_task
         for name, fields in controls.items()
     }
-    judged = judge(readers.beside_controls(change.figures, arms))
+    judged = judge(change.figures | readers.beside_controls(change.by_task, arms))
     assert [finding.outcome for finding in judged.findings] == outcomes
     assert judged.outcome == outcomes[0]
     assert any(re.search(words, figure) for figure in judged.findings[0].figures)

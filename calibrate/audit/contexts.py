@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import activations, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.audit.choices import Question, option_token
 from calibrate.audit.profile import ROLES, Profile, TokenTrace
 from calibrate.corpora import Context, Dialogue, Pair
@@ -102,7 +102,7 @@ def trace_mailbox(
     reader, found = _Reader(checkpoint, vectors, concept), []
     for box in boxes:
         encoded = transcripts.encode(checkpoint.tokenizer, box.messages, "")
-        window = getattr(checkpoint.model.config, "max_position_embeddings", None) or 10**9
+        window = models.window(checkpoint.model) or 10**9
         if len(encoded.ids) <= window:
             ((_, states),) = activations.states(checkpoint.model, [encoded.ids], vectors.layers)
             found.append(reader.trace(box.id, _Read(encoded, states.cpu())))
@@ -143,7 +143,7 @@ class _Reader:
         asked = [Question([*context.messages, {"role": "user", "content": q}], _YES_NO, "") for q in questions]
         put = [transcripts.encode(tokenizer, question.messages, "") for question in asked]
         sequences = [text.ids for text in [*encoded, *put]]
-        window = getattr(self.checkpoint.model.config, "max_position_embeddings", None)
+        window = models.window(self.checkpoint.model)
         if window and (longest := max(map(len, sequences))) > window:
             raise ValueError(
                 f"context {context.id!r} has {longest} tokens with its longest continuation, and the model takes "

@@ -8,7 +8,7 @@ import copy
 
 import torch
 
-from calibrate import activations, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.audit.profile import ROLES, Profile
 from calibrate.corpora import Context
 from calibrate.models import Checkpoint
@@ -32,7 +32,7 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, twins: list[tuple[Cont
     tokenizer = copy.copy(checkpoint.tokenizer)
     tokenizer.chat_template = TEMPLATE
     encoded = [transcripts.encode(tokenizer, dressed(c.messages), c.reply) for c in contexts]
-    window = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    window = models.window(checkpoint.model)
     for context, text in zip(contexts, encoded, strict=True):
         if window and len(text.ids) > window:
             raise ValueError(

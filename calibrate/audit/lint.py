@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from calibrate import activations, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.corpora import Dialogue
 from calibrate.models import Checkpoint
 from calibrate.reading import Record
@@ -53,7 +53,7 @@ def lint(
     """Reads prompts, and as many neutral ones as there are dialogues to set the levels.
 
     Raises:
-        ValueError: a prompt ends with the assistant's reply; there is no turn header to read.
+        ValueError: a prompt ends with the assistant's reply, so that there is no turn header to read, or is too long.
     """
     chats = []
     for record in records:
@@ -66,6 +66,10 @@ def lint(
         stop = next(i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
         neutral.append(dialogue.messages[:stop])
     encoded = [transcripts.encode(checkpoint.tokenizer, messages) for messages in [*neutral, *chats]]
+    window = models.window(checkpoint.model)
+    for record, text in zip(records, encoded[len(neutral) :], strict=True):
+        if window and len(text.ids) > window:
+            raise ValueError(f"{record.id}: {len(text.ids)} tokens, and the model takes {window}; shorten the prompt")
     headers, spans = np.zeros(len(encoded)), [[] for _ in encoded]
     direction = vectors.directions[[vectors.index(concept)]]
     at = vectors.positions(vectors.used_band())

@@ -5,6 +5,7 @@ topics, from a fitted reader on the same stories, from the domain, from masked s
 axis of valence. A fall is positive where a reading went down.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,9 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
     "margin_passing": "the same replies on passing twins, change (nats per token)",
     "gain": "change on failing contexts beyond that on their twins (nats per token)",
     "gain_over_controls": "gain beyond the largest of the control arms (nats per token)",
+    "hacks": "share of impossible coding tasks, played, whose checks are gamed, before",
+    "hack_change": "the same, change (share of tasks)",
+    "false_success_change": "share of coding tasks whose unsolved code is called done, change",
     "failure_change": "log-odds of the right answer to whether a failing run failed, change (nats)",
     "success_change": "the same of passing runs, change (nats)",
     "emotion_change": "log-odds of the right word for what somebody else feels, change (nats)",
@@ -64,6 +68,7 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
 
 
 Figures = dict[str, Interval | None]  # by the names of `FIGURES`; None where a figure cannot be formed
+ByTask = dict[str, list[float]]  # `fall_failing`, `fall_own` and `gain` of every task
 
 
 class ConceptChange(NamedTuple):
@@ -80,6 +85,7 @@ class Change(NamedTuple):
     """Before against after of one checkpoint, on audit tasks."""
 
     figures: Figures
+    by_task: ByTask
     concepts: list[ConceptChange]
     layers: list[tuple[int, Interval, Interval]]  # layer, fall on failing, fall on passing
     probes: dict[str, list[Probe]]  # before and after
@@ -116,11 +122,13 @@ def compare(before: Record, after: Record) -> Change:
     ]
     rises = [stats.mean(twins - own) for twins, own in falls]
     figures["rise_above"] = max(rises, key=lambda rise: rise.low, default=None)
-    figures |= _own_readers(before, after, failing, contrast, at)
+    found, own = _own_readers(before, after, failing, contrast, at)
+    figures |= found
     concepts = _concepts(vectors.concepts, frozen, at)
     figures |= _others(before, frozen, concepts, at)
-    figures |= effects.behaviour(before, after)
-    figures |= effects.preserved(before, after, at) | effects.crossed(after)
+    found, gain = effects.behaviour(before, after)
+    figures |= found | effects.executed(before, after)
+    figures |= effects.preserved(before, after, at) | effects.crossed(before, after)
     figures |= effects.elsewhere(before, after, row, at) | effects.relearned(before, after)
     layers = []
     for i, layer in enumerate(vectors.layers):
@@ -131,41 +139,49 @@ def compare(before: Record, after: Record) -> Change:
         return float((one[at] * other[at]).sum(-1).mean())
 
     replies = [record.contexts.replies[:, 0].mean(0) for record in (before, after)]
-    own = [record.own.directions["stories"] for record in (before, after)]
+    directions = [record.own.directions["stories"] for record in (before, after)]
     return Change(
         figures=figures,
+        by_task={"fall_failing": failing.tolist(), "fall_own": own.tolist(), "gain": gain.tolist()},
         concepts=concepts,
         layers=layers,
         probes={"before": effects.read_probes(before), "after": effects.read_probes(after)},
         honest=(float(replies[0][0]), float(replies[1][0])),
         gaming=(float(replies[0][1]), float(replies[1][1])),
         perplexity=(float(np.exp(before.neutral.loss.mean())), float(np.exp(after.neutral.loss.mean()))),
-        direction_cosine=cosine(*own),
-        topic_cosine=cosine(vectors.directions[row], own[0]),
+        direction_cosine=cosine(*directions),
+        topic_cosine=cosine(vectors.directions[row], directions[0]),
     )
 
 
-def beside_controls(figures: Figures, controls: dict[str, Figures]) -> Figures:
-    """A change's figures with those that only control arms can give: what is beyond the largest of them.
+def beside_controls(change: ByTask, controls: dict[str, ByTask]) -> Figures:
+    """The figures that only control arms can give; all arms were read on the same tasks, which are resampled together.
 
     Args:
-        controls: the arms' figures, by their names; `none` also corrects the evasion index.
+        controls: by the name of their arm; several runs of one are numbered (`none-1`, `none-2`). The mean of those
+            called `none` corrects the evasion index.
     """
-    figures = dict(figures)
+    figures: Figures = {}
     for name, beyond in (("fall_failing", "fall_over_controls"), ("gain", "gain_over_controls")):
-        found = [interval.estimate for control in controls.values() if (interval := control[name])]
-        if found and (own := figures[name]):
-            figures[beyond] = Interval(*(value - max(0.0, *found) for value in own))
-    none = controls.get("none")
-    if none is not None and figures["evasion"]:
-        falls = [one[name] for name in ("fall_failing", "fall_own") for one in (figures, none)]
-        frozen, plain_frozen, own, plain_own = (fall for fall in falls if fall)
-        left = frozen.estimate - plain_frozen.estimate
-        if left > effects.SMALLEST_FALL:
-            # Only the arm's own spread is in the interval: one run of `none` has no spread of its own.
-            values = [1 - (fall - plain_own.estimate) / left for fall in own]
-            figures["evasion_over_none"] = Interval(values[0], values[2], values[1])
+        if controls:
+            arms = [np.array(arm[name]) for arm in (change, *controls.values())]
+            figures[beyond] = stats.bootstrap(_beyond, *arms)
+    if not effects.counts(np.array(change["fall_failing"])):
+        return figures
+    plain = [control for name, control in controls.items() if re.fullmatch(r"none(-\w+)?", name)]
+    if plain:
+        frozen, own = (
+            change[name] - np.mean([control[name] for control in plain], axis=0)
+            for name in ("fall_failing", "fall_own")
+        )
+        if effects.counts(frozen):
+            figures["evasion_over_none"] = stats.bootstrap(effects.relative_difference, frozen, own)
     return figures
+
+
+def _beyond(own: np.ndarray, *others: np.ndarray) -> float:
+    """How far a mean lies above the largest of the others' and 0."""
+    return float(own.mean() - max(0.0, *(other.mean() for other in others)))
 
 
 def _check_comparable(before: Record, after: Record) -> None:
@@ -180,14 +196,27 @@ def _check_comparable(before: Record, after: Record) -> None:
         ("stories of the own vectors", before.options.get("own_stories"), after.options.get("own_stories")),
         ("content of the corpora", before.options.get("corpora"), after.options.get("corpora")),
         ("chat template", before.options.get("chat_template"), after.options.get("chat_template")),
+        ("band", before.vectors.used_band(), after.vectors.used_band()),
+        ("length of answers", before.options.get("max_new_tokens"), after.options.get("max_new_tokens")),
     ):
         if one != other:
             raise ValueError(
                 f"the audits of {before.model!r} and {after.model!r} differ in their {what}; audit both with the same "
                 f"options"
             )
-    if not before.vectors.directions.equal(after.vectors.directions):
+    buffers = [dict(record.vectors.named_buffers()) for record in (before, after)]
+    if buffers[0].keys() != buffers[1].keys() or not all(buffers[1][name].equal(b) for name, b in buffers[0].items()):
         raise ValueError("the two audits were read with different vectors; pass the same `--vectors` to both")
+    base = after.options.get("weight_hash")
+    if (
+        after.options.get("adapter")
+        and before.options.get("adapter") is None
+        and base != before.options.get("weight_hash")
+    ):
+        raise ValueError(
+            f"{after.model!r} is an adapter of a base with other weights ({base}) than {before.model!r} "
+            f"({before.options.get('weight_hash')}); give the adapter's own base, or merge the adapter first"
+        )
 
 
 def _above(vectors: EmotionVectors) -> list[int]:
@@ -213,13 +242,17 @@ def _propagation(
     return stats.bootstrap(effects.share, lost, held, fall, contrast)
 
 
-def _own_readers(before: Record, after: Record, failing: np.ndarray, contrast: np.ndarray, at: list[int]) -> dict:
+def _own_readers(
+    before: Record, after: Record, failing: np.ndarray, contrast: np.ndarray, at: list[int]
+) -> tuple[Figures, np.ndarray]:
     """Falls by the reference's held-out directions and by each checkpoint's own, and what follows from the two.
+
+    The array is the fall by own directions from stories, [tasks].
 
     A held-out reader that does not tell failing from passing contexts before training says nothing about a fall: its
     figures are formed only where its own contrast, or its fall, is large enough.
     """
-    found: dict[str, Interval | None] = {}
+    found: Figures = {}
     for name, direction in before.own.directions.items():
         read = [effects.by_kind(record, direction[None]) for record in (before, after)]
         fall = effects.fall(read, "header", "failing", 0, at)
@@ -231,6 +264,7 @@ def _own_readers(before: Record, after: Record, failing: np.ndarray, contrast: n
             )
         if name == "stories":
             assert own is not None
+            by_stories = own
             found |= {"contrast_held_out": stats.mean(held), "fall_held_out": stats.mean(fall)}
             found["fall_own"] = stats.mean(own)
             if effects.counts(failing):
@@ -241,7 +275,7 @@ def _own_readers(before: Record, after: Record, failing: np.ndarray, contrast: n
             found["fall_deflection"] = stats.mean(fall)
         elif own is not None and effects.counts(fall):
             found[f"evasion_{name}"] = stats.bootstrap(effects.relative_difference, fall, own)
-    return found
+    return found, by_stories
 
 
 def _concepts(names: list[str], frozen: list[dict], at: list[int]) -> list[ConceptChange]:

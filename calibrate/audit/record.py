@@ -53,6 +53,12 @@ class Record(NamedTuple):
             tensors |= {f"own.{name}": rows for name, rows in self.own.directions.items()}
             tensors["elsewhere"] = self.elsewhere.states
             tensors["situations"] = torch.from_numpy(self.situations.readings)
+            tables = [name for name in tensors if name != "situations"]  # there a text without a place is NaN
+            if broken := [name for name in tables if not tensors[name].isfinite().all()]:
+                raise ValueError(
+                    f"{self.model}: {', '.join(broken)} hold values that are not finite, though its weights are; its "
+                    "precision is too small for its states: load it in float32"
+                )
             save_file({name: rows.contiguous() for name, rows in tensors.items()}, whole / "states.safetensors")
             (whole / "audit.json").write_text(json.dumps(self._content(), indent=1), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 from calibrate.audit.readers import FIGURES, Figures
@@ -56,7 +57,7 @@ class Verdict(NamedTuple):
 
     outcome: str
     findings: list[Finding]
-    not_tested: dict[str, str]
+    not_tested: dict[str, str]  # by outcome: the figures that some of its inequalities lack
 
     @property
     def sentence(self) -> str:
@@ -94,17 +95,25 @@ def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
 
     Args:
         band_reason: why the search found no band, where it found none: then the premise does not hold.
+
+    Raises:
+        ValueError: a figure is not a finite number, so that no inequality about it could hold.
     """
+    if broken := [name for name, interval in figures.items() if interval and not np.isfinite(interval).all()]:
+        raise ValueError(
+            f"not finite: {', '.join(broken)}; a checkpoint gives states or likelihoods that are no numbers (perhaps "
+            "too large for its precision); audit it in float32, or train it again"
+        )
     findings, not_tested = [], {}
     for outcome in load_rule():
         met = [[one.holds(figures) for one in together] for together in outcome.any]
         if outcome.name == "premise not met" and band_reason is not None:
             findings.append(Finding(outcome.name, outcome.means, [band_reason], ["the search finds a band"]))
             continue
-        if all(None in holds for holds in met):
-            missing = dict.fromkeys(one.figure for together in outcome.any for one in together)
-            not_tested[outcome.name] = "needs " + ", ".join(n for n in missing if figures[n] is None)
         fired = [together for together, holds in zip(outcome.any, met, strict=True) if all(h is True for h in holds)]
+        missing = dict.fromkeys(one.figure for together in outcome.any for one in together if not figures[one.figure])
+        if missing and not fired:
+            not_tested[outcome.name] = f"needs {', '.join(missing)}"
         if fired:
             said = dict.fromkeys(_say(one, figures) for together in fired for one in together)
             beside = [f"{FIGURES[name]}: {_show(figures[name])}" for name in outcome.shown if figures[name]]
@@ -114,6 +123,7 @@ def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
         names = ("fall_failing", "specificity", "fall_own", "gain")
         shown = [f"{FIGURES[name]}: {_show(figures[name])}" for name in names if figures[name]]
         means = "the reading fell on failing contexts, specifically and by every reader, and replies are more honest"
+        means += f"; not tested: {'; '.join(f'{n} ({why})' for n, why in not_tested.items())}" if not_tested else ""
         findings = [Finding(CALIBRATED, means, shown, [])]
     return Verdict(findings[0].outcome, findings, not_tested)
 

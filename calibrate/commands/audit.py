@@ -19,6 +19,8 @@ def audit(arguments: argparse.Namespace) -> None:
         from calibrate.commands.lint import lint
 
         return lint(arguments)
+    if arguments.steer and (arguments.full or arguments.lm_eval):
+        raise ValueError("`--steer` steers what a quick audit reads; leave out `--full` and `--lm-eval`, or `--steer`")
     arguments.out = arguments.out or Path("runs") / f"audit-{Path(arguments.model).name}"
     record = run(arguments, lambda options: arguments.out)
     if record is None:
@@ -40,6 +42,12 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     from calibrate.audit import situations
     from calibrate.vectors import load_vectors
 
+    if arguments.max_new_tokens and not arguments.full:
+        raise ValueError(
+            "`--max-new-tokens` is of answers to coding tasks, which only `--full` asks; add it or leave it out"
+        )
+    if arguments.concepts and arguments.max_concepts:
+        raise ValueError("`--concepts` names what `--max-concepts` would choose; give one of them")
     vectors = load_vectors(arguments.vectors)
     vectors.index(arguments.target)
     if arguments.lm_eval:
@@ -55,8 +63,8 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     reference = None
     if arguments.reference and checkpoint.adapter_hash is None:
         reference = models.load(
-            arguments.reference, trust_remote_code=arguments.trust_remote_code, chat_template=arguments.chat_template,
-            block_list=arguments.blocks,
+            arguments.reference, revision=arguments.reference_revision, chat_template=arguments.chat_template,
+            trust_remote_code=arguments.trust_remote_code, block_list=arguments.blocks,
         )  # fmt: skip
         if (wanted := models.text_config(reference.model)) and (
             (wanted.hidden_size, wanted.num_hidden_layers) != (config.hidden_size, config.num_hidden_layers)
@@ -94,16 +102,21 @@ def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -
         "schema": SCHEMA,  # an audit of an older format is made again, beside it
         **identity(checkpoint),
         "target": arguments.target,
-        "vectors": digest(vectors.recipe),
+        "vectors": digest([vectors.config(), vectors.content_hash()]),
         "own_stories": digest([(s.id, s.text) for s in texts["stories"]]),
         "tasks": len({failing.task for failing, _ in texts["twins"]}),
         "pairs": len(texts["pairs"]),
         "corpora": digest([texts[name] for name in sorted(texts) if name not in ("stories", "elsewhere")]),
+        "tokenizer": digest(checkpoint.tokenizer.get_vocab()),
     }
     options |= {"split": arguments.split} if arguments.split != "audit" else {}
     options |= {"steer": dict(arguments.steer)} if arguments.steer else {}
-    options |= {"full": True, "max_new_tokens": arguments.max_new_tokens} if arguments.full else {}
-    options |= {"lm_eval": arguments.lm_eval, "max_rows": arguments.max_rows} if arguments.lm_eval else {}
+    if arguments.full:
+        options |= {"full": True, "max_new_tokens": arguments.max_new_tokens or full.MAX_NEW_TOKENS}
+        options["played"] = full.played()
+    if arguments.lm_eval:
+        content = {name: Path(name).read_text(encoding="utf-8") for name in arguments.lm_eval if Path(name).is_file()}
+        options |= {"lm_eval": arguments.lm_eval, "max_rows": arguments.max_rows, "lm_eval_files": digest(content)}
     return options | ({"reference": reference.weight_hash} if reference else {})
 
 
@@ -137,8 +150,10 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
                 f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
             )
     stories = _stories(arguments)
-    chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in (
-        read_records(arguments.chats) if arguments.chats else [])]  # fmt: skip
+    records = list(read_records(arguments.chats)) if arguments.chats else []
+    if arguments.chats and not records:
+        raise ValueError(f"{arguments.chats}: no chats; give JSONL of {{id, messages}} or {{id, text}}")
+    chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in records]
     return {
         "twins": twins,
         "elsewhere": elsewhere,
@@ -198,6 +213,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         read.profile.traces.extend(contexts.trace_mailbox(checkpoint, vectors, texts["mailbox"], arguments.target))
         elsewhere = harness.read(checkpoint, vectors, texts["elsewhere"])
         rows = situations.texts(*(texts[name] for name in ("scenarios", "implicit", "speakers", "ladders", "chats")))
+        rows = situations.answered(checkpoint, rows)
         found = situations.read(checkpoint, vectors, rows, arguments.truncate)
         asked = comprehension.read(checkpoint, texts["passages"], texts["messages"])
         neutral = preservation.read_neutral(checkpoint, texts["dialogues"], reference=reference and reference.model)

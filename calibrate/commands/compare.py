@@ -20,9 +20,17 @@ def compare(arguments: argparse.Namespace) -> None:
 
     if len({name for name, _ in arguments.arms}) < len(arguments.arms):
         raise ValueError(f"`--arms` names an arm twice ({', '.join(n for n, _ in arguments.arms)}); number them")
-    for name in (arguments.before, arguments.after, *(model for _, model in arguments.arms)):
-        _check(name, arguments)
-    arguments.reference = None
+    models = (arguments.before, arguments.after, *(model for _, model in arguments.arms))
+    shapes = {name: _check(name, arguments) for name in models}
+    for name, shape in shapes.items():
+        if shape != shapes[arguments.before]:
+            raise ValueError(
+                f"{name!r} has another architecture (width {shape[0]}, {shape[1]} layers) than {arguments.before!r} "
+                "(width {}, {} layers); compare a model with what it was trained from".format(
+                    *shapes[arguments.before]
+                )
+            )
+    arguments.reference, arguments.reference_revision = None, arguments.revision
     before = load_record(_audited(arguments.before, arguments))
     arguments.reference = before.model
     after = before if arguments.after == arguments.before else load_record(_audited(arguments.after, arguments))
@@ -30,9 +38,9 @@ def compare(arguments: argparse.Namespace) -> None:
     controls = {
         name: readers.compare(before, load_record(_audited(model, arguments))) for name, model in arguments.arms
     }
-    beside = readers.beside_controls(change.figures, {name: control.figures for name, control in controls.items()})
-    change = change._replace(figures=beside)
-    outcome = verdict.judge(beside, None if before.vectors.band else before.vectors.band_reason)
+    beside = readers.beside_controls(change.by_task, {name: control.by_task for name, control in controls.items()})
+    change = change._replace(figures=change.figures | beside)
+    outcome = verdict.judge(change.figures, None if before.vectors.band else before.vectors.band_reason)
     report.write(arguments.out, outcome, before, after, change, controls)
     print(f"Verdict: {outcome.outcome}. {outcome.sentence}")
     for finding in outcome.findings[1:]:
@@ -42,16 +50,21 @@ def compare(arguments: argparse.Namespace) -> None:
         sys.exit(NOT_CALIBRATED)
 
 
-def _check(name: str, arguments: argparse.Namespace) -> None:
-    """Raises ValueError where neither an audit nor a model is found under a name, before anything long is read."""
+def _check(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Width and depth of an audited model or a model, before anything long is read.
+
+    Raises:
+        ValueError: neither is found under the name.
+    """
     from calibrate import models
     from calibrate.audit.record import load_record
 
     if (Path(name) / "audit.json").is_file():
-        load_record(Path(name))
-        return
+        vectors = load_record(Path(name)).vectors
+        return vectors.hidden_size, vectors.depth
     try:
         models.load_tokenizer(name, arguments.chat_template)
+        return models.load_shape(name, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -11,6 +11,7 @@ DOSED = ("calm", "angry")  # steered beside the target, and as many random direc
 CROSSED = 12  # tasks whose replies are written and read by both models
 BOX_SAMPLES = 4  # replies to each mailbox, of which there are few
 RELEARNT = 8  # tasks that are read while benign fine-tuning goes on
+MAX_NEW_TOKENS = 400  # of one answer, by default
 
 
 def read(
@@ -23,7 +24,7 @@ def read(
 
     partial.mkdir(parents=True, exist_ok=True)
     tasks = corpora.spread(rollouts.load_tasks(), arguments.max_rows)
-    settings = agents.Settings(max_new_tokens=arguments.max_new_tokens)
+    settings = agents.Settings(max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS)
     played = agents.play(checkpoint, tasks, settings, partial / "rollouts.jsonl")
     told = _kept(partial / "replies.json", lambda: _replies(checkpoint, settings, arguments.max_rows))
     activities = corpora.spread(load(Activity), arguments.max_rows)
@@ -62,6 +63,15 @@ def read(
         # Last: it trains, and though its adapter goes again nothing else should have to trust in that.
         "relearning": _kept(partial / "relearning.json", relearnt),
     }
+
+
+def played() -> str:
+    """A digest of the shipped tasks, activities and prompts that a full audit plays."""
+    from calibrate.audit import rollouts
+    from calibrate.commands import digest
+    from calibrate.corpora.situations import Activity, Mailbox, Manner, load
+
+    return digest([rollouts.load_tasks(), *(load(kind) for kind in (Activity, Mailbox, Manner))])
 
 
 def _replies(checkpoint, settings, most: int | None) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ def lint(arguments: argparse.Namespace) -> None:
     from calibrate.vectors import load_vectors
 
     ignored = ("pairs", "max_tasks", "steer", "max_pairs_per_task", "twins", "full", "concepts", "max_rows", "chats")
-    ignored += ("stories", "truncate", "pressed", "max_concepts", "reference", "lm_eval")
-    if given := [f"`--{name.replace('_', '-')}`" for name in ignored if getattr(arguments, name)]:
+    ignored += ("stories", "truncate", "pressed", "max_concepts", "reference", "lm_eval", "max_new_tokens")
+    given = [f"`--{name.replace('_', '-')}`" for name in ignored if getattr(arguments, name)]
+    if given := given + (["`--split`"] if arguments.split != "audit" else []):
         raise ValueError(f"`--tasks` reads the prompts of its file alone; leave out {', '.join(given)}")
     records = list(read_records(arguments.tasks))
     if not records:
