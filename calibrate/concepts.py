@@ -22,12 +22,13 @@ class Concept(NamedTuple):
 
     def leak(self, text: str) -> str | None:
         """The first word of `text` that names this concept or a listed synonym, else None."""
-        found = _pattern((self.name, *self.synonyms)).search(text)
+        found = pattern((self.name, *self.synonyms)).search(text)
         return found.group(0) if found else None
 
 
 @cache
-def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+def pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds any of the words in a text, in any case; whole words, or beginnings where one ends in `*`."""
     alternatives = (re.escape(w[:-1]) + r"\w*" if w.endswith("*") else re.escape(w) + r"\b" for w in words)
     return re.compile(r"\b(?:" + "|".join(alternatives) + ")", re.IGNORECASE)
 

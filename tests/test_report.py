@@ -67,8 +67,8 @@ def write(folder, audits, judged=VERDICT, arm="random") -> str:
     before, after, control = audits
     controls = {arm: readers.compare(before, control)}
     change = readers.compare(before, after)
-    figures = readers.beside_controls(change.figures, {name: one.figures for name, one in controls.items()})
-    change = change._replace(figures=figures)
+    figures = readers.beside_controls(change.by_task, {name: one.by_task for name, one in controls.items()})
+    change = change._replace(figures=change.figures | figures)
     report.write(folder, judged, before, after, change, controls)
     return (folder / "report.html").read_text(encoding="utf-8")
 
@@ -210,7 +210,7 @@ def test_heat_map_pieces_by_hand():
     readings = {"desperate": [2.0, -1.0, 9.0, 8.0, 0.0], "calm": [0.0, -9.0, 0.0, 1.0, 4.0]}
     trace = TokenTrace("x", "a 🙂b c ", [(0, 1), (2, 3), (2, 3), (2, 4), (5, 6)], ["user"] * 5, readings)
     gap = {"text": " ", "role": "template", "readings": None}
-    assert report._heat(trace) == [
+    assert report.heat(trace) == [
         {"text": "a", "role": "user", "readings": [2.0, 0.0], "shares": [0.5, 0.0]},
         gap,
         {"text": "🙂", "role": "user", "readings": [-1.0, -9.0], "shares": [-0.25, -1.0]},

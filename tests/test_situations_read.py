@@ -108,6 +108,37 @@ def test_a_chat_that_does_not_fit_is_refused_or_cut_at_its_beginning(tools, monk
     assert np.isnan(readings[:, 0]).tolist() == [True, True, False]
 
 
+def test_a_text_that_ends_with_the_user_gets_the_models_own_reply(tools):
+    """What the model writes most likely, once; hints, ladders and chats that have a reply stay as they are."""
+    checkpoint, _ = tools
+    rows = [
+        Text("open", "scenarios", "x", CHAT[:2]),
+        Text("mine", "chats", "own", [*CHAT, USER]),
+        Text("done", "chats", "own", CHAT),
+        Text("hint", "implicit", "sad", [USER]),
+    ]
+    found = situations.answered(checkpoint, rows)
+    assert found[2:] == rows[2:]
+    for row, new in zip(rows[:2], found[:2], strict=True):
+        assert new._replace(messages=row.messages) == row
+        assert new.messages[:-1] == row.messages
+        ids = checkpoint.tokenizer.apply_chat_template(row.messages, add_generation_prompt=True, return_dict=False)
+        made = checkpoint.model.generate(torch.tensor([ids]), max_new_tokens=situations.REPLIES.max_new_tokens,
+                                         do_sample=False)  # fmt: skip
+        reply = checkpoint.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
+        assert new.messages[-1] == {"role": "assistant", "content": reply.strip()}
+
+
+def test_a_reply_that_does_not_fit_or_is_empty_is_not_there(tools, monkeypatch):
+    checkpoint, vectors = tools
+    row = Text("open", "scenarios", "x", CHAT[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.model.config, "max_position_embeddings", 60)
+        assert situations.answered(checkpoint, [row]) == [row]
+    monkeypatch.setattr(situations.agents, "reply", lambda *given: [" \n"])
+    assert situations.answered(checkpoint, [row]) == [row]
+
+
 # ---- summary
 
 CONCEPTS = ["a", "b", "c", "d", "unhinted"]
@@ -135,6 +166,17 @@ def test_kinds_of_scenarios_are_means_at_the_header():
     assert {kind: by_concept["a"].estimate for kind, by_concept in found.items()} == {"x": 2, "own": 5}
     assert [*found["x"]] == CONCEPTS
     assert (found["x"]["a"].low, found["x"]["a"].high) == (1, 3)
+
+
+def test_kinds_are_read_over_their_replies_too():
+    """Kind x: replies 2 and 4; its third text has none. Rows of other sets are no kinds."""
+    rows = [
+        (Text(str(i), name, "x", []), {"header": [9] * 5} | ({"reply": [value] * 5} if value else {}))
+        for i, (name, value) in enumerate([("scenarios", 2), ("scenarios", 4), ("scenarios", 0), ("speakers", 50)])
+    ]
+    readings = np.array([[[np.nan] * 5] * 2 + [given.get("reply", [np.nan] * 5)] for _, given in rows])
+    found = situations.by_kind(Situations([text for text, _ in rows], readings), CONCEPTS, "reply")
+    assert {kind: by_concept["b"] for kind, by_concept in found.items()} == {"x": (3, 2, 4)}
 
 
 def test_hinted_emotions_among_the_three_highest():
@@ -189,8 +231,22 @@ def test_local_and_persistent_are_correlations_over_texts():
         for i, row in enumerate(values)
     ]  # fmt: skip
     found = summary(rows)
-    assert found.local == pytest.approx(1)
-    assert found.persistent == pytest.approx(-1)
+    assert found.local == pytest.approx((1, 1, 1))
+    assert found.persistent == pytest.approx((-1, -1, -1))
+
+
+def test_the_text_is_the_unit_of_the_interval_of_a_correlation():
+    """Twelve headers, related to the user's words and not the same; a text whose words were cut off does not count."""
+    draw = np.random.default_rng(1)
+    values = draw.normal(size=(13, 5))
+    rows = [
+        (Text(f"i{i}", "implicit", "a", [], {"header": "a"}), {"user": row, "header": row + draw.normal(size=5)})
+        for i, row in enumerate(values)
+    ]
+    found = summary([*rows[:12], (rows[12][0], {"header": values[12]})]).local
+    assert found == summary(rows[:12]).local
+    assert 0.3 < found.low < found.estimate - 0.05 < found.estimate + 0.05 < found.high < 1
+    assert summary(rows[:2]).local is None
 
 
 def test_sets_that_were_not_read_have_no_figures():

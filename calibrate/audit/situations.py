@@ -1,7 +1,7 @@
 """The 171 readings where nothing has failed: scenarios, hinted emotions, two speakers, rising quantities, own chats.
 
 One pass over all of them; each text is read at the end of the last user's message, at the turn header and, where there
-is one, over the assistant's last reply.
+is one, over the assistant's last reply. Scenarios and own chats that end with the user get a reply of the model's own.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from calibrate import activations, stats, transcripts
+from calibrate import activations, models, stats, transcripts
+from calibrate.audit import agents
 from calibrate.corpora import Ladder
 from calibrate.corpora.situations import Implicit, Scenario, Speakers
 from calibrate.models import Checkpoint
@@ -17,6 +18,9 @@ from calibrate.stats import Interval
 from calibrate.vectors import EmotionVectors
 
 PLACES = ("user", "header", "reply")
+REPLIES = agents.Settings(
+    max_new_tokens=32, temperature=0, batch=27
+)  # the likeliest tokens; short, so that it is quick
 
 
 class Text(NamedTuple):
@@ -55,6 +59,24 @@ def texts(
     return found + [Text(id_, "chats", "own", messages) for id_, messages in chats]
 
 
+def answered(checkpoint: Checkpoint, rows: list[Text]) -> list[Text]:
+    """The same texts, with the model's own reply where a scenario or an own chat has none yet.
+
+    One stays without, and so without a reading over the reply, where the reply is empty or does not fit the window.
+    """
+    own = [i for i, row in enumerate(rows) if row.set in ("scenarios", "chats")]
+    asked = [i for i in own if rows[i].messages[-1]["role"] != "assistant"]
+    window = models.window(checkpoint.model) or 10**9
+    found = list(rows)
+    replies = agents.reply(checkpoint, [rows[i].messages for i in asked], REPLIES)
+    for i, reply in zip(asked, replies, strict=True):
+        if reply and reply.strip():
+            whole = [*rows[i].messages, {"role": "assistant", "content": reply.strip()}]
+            if len(transcripts.encode(checkpoint.tokenizer, whole).ids) <= window:
+                found[i] = rows[i]._replace(messages=whole)
+    return found
+
+
 def read(checkpoint: Checkpoint, vectors: EmotionVectors, rows: list[Text], truncate: bool = False) -> Situations:
     """Reads all texts.
 
@@ -80,7 +102,7 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, rows: list[Text], trun
 
 def encode(checkpoint: Checkpoint, rows: list[Text], truncate: bool) -> tuple[list[list[int]], list[dict]]:
     """Token ids of every text and where its places stand in them; the errors are those of `read`."""
-    window = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    window = models.window(checkpoint.model)
     sequences, places = [], []
     for row in rows:
         encoded = transcripts.encode(checkpoint.tokenizer, row.messages)
@@ -116,8 +138,8 @@ class Summary(NamedTuple):
     implicit_top3: Interval | None  # share of hinted concepts among the three highest of those hinted at all
     present_over_other: Interval | None  # assistant's own over the user's emotion, over the reply, sigma
     ladders: Interval | None  # share of quantities whose readings go the expected way
-    local: float | None  # correlation over texts and concepts of the user's last words with the header
-    persistent: float | None  # of the header with the reply that follows
+    local: Interval | None  # correlation over texts of the user's last words with the header, mean over concepts
+    persistent: Interval | None  # of the header with the reply that follows
     chats: dict[str, dict[str, float]]  # own chat -> concept -> header reading, sigma
 
 
@@ -126,13 +148,6 @@ def summarise(found: Situations, concepts: list[str]) -> Summary:
     header = found.readings[:, PLACES.index("header")]
     by_set = {name: [i for i, text in enumerate(found.texts) if text.set == name] for name in
               ("scenarios", "implicit", "speakers", "ladders", "chats")}  # fmt: skip
-    kinds = list(dict.fromkeys(found.texts[i].kind for i in by_set["scenarios"] + by_set["chats"]))
-    scenarios = {}
-    for kind in kinds:
-        rows = [i for i in by_set["scenarios"] + by_set["chats"] if found.texts[i].kind == kind]
-        rows = [i for i in rows if not np.isnan(header[i]).any()]  # cut off with a text's beginning
-        if len(rows) > 1:
-            scenarios[kind] = {name: stats.mean(header[rows, c]) for c, name in enumerate(concepts)}
     index = {name: c for c, name in enumerate(concepts)}
     hinted = sorted({found.texts[i].expected["header"] for i in by_set["implicit"]} & index.keys())
     columns = [index[name] for name in hinted]
@@ -152,7 +167,7 @@ def summarise(found: Situations, concepts: list[str]) -> Summary:
     user = found.readings[:, PLACES.index("user")]
     told = [i for name in ("implicit", "speakers") for i in by_set[name]]
     return Summary(
-        scenarios,
+        by_kind(found, concepts, "header"),
         stats.mean(np.array(tops)) if len(tops) > 1 else None,
         stats.mean(np.array(differences)) if len(differences) > 1 else None,
         _ladders([found.texts[i] for i in by_set["ladders"]], header[by_set["ladders"]], index),
@@ -164,6 +179,20 @@ def summarise(found: Situations, concepts: list[str]) -> Summary:
             if not np.isnan(header[i]).any()
         },
     )
+
+
+def by_kind(found: Situations, concepts: list[str], place: str) -> dict[str, dict[str, Interval]]:
+    """Mean readings at a place, by kind of scenario (own chats: `own`) and concept; a kind of one text has none."""
+    readings, kinds = found.readings[:, PLACES.index(place)], {}
+    for i, text in enumerate(found.texts):
+        # Nan: a header that was cut off with its text's beginning, or no reply.
+        if text.set in ("scenarios", "chats") and not np.isnan(readings[i]).any():
+            kinds.setdefault(text.kind, []).append(i)
+    return {
+        kind: {name: stats.mean(readings[rows, c]) for c, name in enumerate(concepts)}
+        for kind, rows in kinds.items()
+        if len(rows) > 1
+    }
 
 
 def _ladders(rows: list[Text], header: np.ndarray, index: dict[str, int]) -> Interval | None:
@@ -179,10 +208,15 @@ def _ladders(rows: list[Text], header: np.ndarray, index: dict[str, int]) -> Int
     return stats.mean(np.array(shares)) if len(shares) > 1 else None
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+def _correlation(one: np.ndarray, other: np.ndarray) -> Interval | None:
     """Over texts, of readings from which every concept's mean over texts is taken; mean over concepts."""
-    if len(one) < 3:
+    whole = ~np.isnan(one + other).any(1)
+    if whole.sum() < 3:
         return None
+    return stats.bootstrap(_mean_r, one[whole], other[whole])
+
+
+def _mean_r(one: np.ndarray, other: np.ndarray) -> float:
     one, other = one - one.mean(0), other - other.mean(0)
     lengths = np.linalg.norm(one, axis=0) * np.linalg.norm(other, axis=0)
     return float(np.mean((one * other).sum(0) / np.maximum(lengths, 1e-12)))

@@ -9,15 +9,16 @@ import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from calibrate import __version__
 from calibrate.audit import grading, rollouts, situations
-from calibrate.audit.readers import FIGURES, Change
+from calibrate.audit.readers import FIGURES, Change, Figures
 from calibrate.audit.record import Record
-from calibrate.audit.verdict import Verdict, load_rule
+from calibrate.audit.verdict import CALIBRATED, Verdict, load_rule
 from calibrate.report import figures
 
-SCHEMA = 3
+SCHEMA = 4
 HEAT_LIMIT = 4.0  # sigma at which the heat map's colour is full; the scale is fixed, so that before and after compare
 CLAIMS = {  # what a reader would claim: the figures that speak to it, in one unit each
     "The reading fell, and only where tests fail (sigma)": (
@@ -56,15 +57,17 @@ def write(
         for title, names in CLAIMS.items()
         if any(change.figures[name] for name in names)
     ]
-    page = _environment().get_template("report.html.jinja").render(
+    page = environment().get_template("report.html.jinja").render(
         data=data,
         names=FIGURES,
+        nearest=nearest(change.figures) if verdict.outcome == CALIBRATED else [],
         claims=claims,
+        dose_figures=dose_figures(data["full"]),
         concept_figure=figures.draw(figures.concepts, change, controls),
         layer_figure=figures.draw(figures.layers, change, before),
-        trajectory_figure=figures.draw(figures.trajectory, before, after),
+        trajectory_figure=figures.draw(figures.trajectory, {"before": before, "after": after}),
         traces=[
-            (name, trace.id, _heat(trace), _by_role(trace))
+            (f"{trace.id}, {name}", heat(trace), by_role(trace))
             for name, record in (("before", before), ("after", after))
             for trace in record.profile.traces
         ],
@@ -72,20 +75,40 @@ def write(
         heat_limit=HEAT_LIMIT,
         rule=load_rule(),
     )  # fmt: skip
-    for name, text in (("report.json", json.dumps(data, indent=1)), ("report.html", page), ("card.md", card(data))):
+    put(folder, {"report.json": dump(data, after.model), "report.html": page, "card.md": card(data)})
+
+
+def put(folder: Path, files: dict[str, str]) -> None:
+    """Writes each file aside and renames it."""
+    for name, text in files.items():
         aside = folder / f"{name}.partial"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, folder / name)
 
 
-def _environment() -> Environment:
+def dump(data: dict, model: str) -> str:
+    """As JSON.
+
+    Raises:
+        ValueError: a figure is not finite, for which JSON has no word.
+    """
+    try:
+        return json.dumps(data, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{model}: a figure is not finite ({error}); its states or likelihoods overflow: audit it in float32"
+        ) from error
+
+
+def environment() -> Environment:
+    """The templates' engine; it escapes every value."""
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     return Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
 
 
 def card(data: dict) -> str:
     """The model card section of a comparison, from what `report.json` holds."""
-    markdown = _environment().overlay(finalize=_markdown)
+    markdown = environment().overlay(finalize=_markdown)
     return markdown.get_template("card.md.jinja").render(data=data, names=FIGURES)
 
 
@@ -95,7 +118,7 @@ def profile_card(record: Record) -> str:
     apart = {name: header["failing"][name][0] - header["passing"][name][0] for name in record.vectors.concepts}
     ordered = sorted(apart.items(), key=lambda row: -row[1])
     margins = record.contexts.replies @ [1.0, -1.0]
-    markdown = _environment().overlay(finalize=_markdown)
+    markdown = environment().overlay(finalize=_markdown)
     return markdown.get_template("profile.md.jinja").render(
         record=record,
         readings=record.summary(),
@@ -109,6 +132,34 @@ def profile_card(record: Record) -> str:
         benchmarks=record.more.get("lm_eval", []),
         version=__version__,
     )
+
+
+def nearest(found: Figures) -> list[dict]:
+    """Conditions under which another outcome would fire, the nearest first.
+
+    `distance` is from figure to threshold in half-widths of the figure's interval; where inequalities must hold
+    together it is that of the farthest. A condition about a figure that was not formed is left out.
+    """
+    rows = []
+    for outcome in load_rule():
+        for together in outcome.any:
+            intervals = [found[one.figure] for one in together]
+            if None not in intervals:
+                gaps = [
+                    abs(getattr(i, one.side) - one.threshold) / max((i.high - i.low) / 2, 1e-12)
+                    for one, i in zip(together, intervals, strict=True)
+                    if not one.holds(found)
+                ]
+                conditions = [f"{one.figure}.{one.side} {one.relation} {one.threshold:g}" for one in together]
+                rows.append({"outcome": outcome.name, "conditions": conditions, "figures": intervals,
+                             "distance": max(gaps, default=0.0)})  # fmt: skip
+    return sorted(rows, key=lambda row: row["distance"])
+
+
+def dose_figures(full: dict[str, dict]) -> dict[str, Markup]:
+    """Drawn dose-responses by model, of those that were dosed."""
+    dosed = {name: [c for c in one["dose"] if len(c["points"]) > 1] for name, one in full.items()}
+    return {name: figures.draw(figures.dose, curves) for name, curves in dosed.items() if curves}
 
 
 def to_json(verdict: Verdict, before: Record, after: Record, change: Change, controls: dict[str, Change]) -> dict:
@@ -130,14 +181,14 @@ def to_json(verdict: Verdict, before: Record, after: Record, change: Change, con
         "vectors": {"model": vectors.model, "weight_hash": vectors.weight_hash, "recipe": vectors.recipe},
         "texts": {kind: len(before.profile.rows(kind)) for kind in ("failing", "passing", "neutral")},
         "tasks": len({*before.contexts.pair_tasks}),
-        "change": _plain(change),
-        "controls": {name: _plain(control) for name, control in controls.items()},
+        "change": plain(change),
+        "controls": {name: plain(control) for name, control in controls.items()},
         "situations": {
-            name: _plain(situations.summarise(record.situations, vectors.concepts))
+            name: plain(situations.summarise(record.situations, vectors.concepts))
             for name, record in (("before", before), ("after", after))
         },
         "full": {
-            name: _full(record) for name, record in (("before", before), ("after", after)) if "rollouts" in record.more
+            name: full(record) for name, record in (("before", before), ("after", after)) if "rollouts" in record.more
         },
         "lm_eval": {name: record.more.get("lm_eval", []) for name, record in (("before", before), ("after", after))},
         "readings": {"before": before.summary(), "after": after.summary()},
@@ -154,14 +205,14 @@ def _markdown(value):
     return value
 
 
-def _full(record: Record) -> dict:
+def full(record: Record) -> dict:
     """What a full audit adds: rates of what the model did, preferences, and usable doses with their slopes."""
     liked = record.more["preferences"]
     strongest = sorted(liked["associations"], key=lambda row: -abs(row["correlation"][0]))[:12]
     order = sorted(range(len(liked["elo"])), key=lambda i: -liked["elo"][i])
     names = [(liked["activities"][i], round(liked["elo"][i])) for i in order]
     return {
-        "rollouts": _plain(rollouts.rates(record.more["rollouts"])),
+        "rollouts": plain(rollouts.rates(record.more["rollouts"])),
         "preferences": {
             "liked": names[:5],
             "disliked": names[-5:],
@@ -169,7 +220,7 @@ def _full(record: Record) -> dict:
             "associations": strongest,
             "steered": liked["steered"],
         },
-        "manner": _plain(grading.rates(record.more["replies"])),
+        "manner": plain(grading.rates(record.more["replies"])),
         "replies": record.more["replies"],
         "dose": record.more["dose"],
         "crossing": record.more["crossing"],
@@ -177,16 +228,16 @@ def _full(record: Record) -> dict:
     }
 
 
-def _plain(value):
+def plain(value):
     """NamedTuples -> dicts, at any depth."""
     if hasattr(value, "_asdict"):
-        return {key: _plain(item) for key, item in value._asdict().items()}
+        return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _by_role(trace) -> dict[str, float]:
+def by_role(trace) -> dict[str, float]:
     """Mean reading of the target over the tokens of each role: what others feel, and the assistant's own state."""
     target = next(iter(trace.readings.values()), [])
     roles = [role for role in dict.fromkeys(trace.roles) if role != "template"]
@@ -194,7 +245,7 @@ def _by_role(trace) -> dict[str, float]:
     return {role: sum(values) / len(values) for role, values in rows.items()}
 
 
-def _heat(trace) -> list[dict]:
+def heat(trace) -> list[dict]:
     """Pieces of a traced transcript with role, readings and colours by concept; what no token covers has none."""
     pieces, position = [], 0
 

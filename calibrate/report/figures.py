@@ -17,7 +17,9 @@ def draw(make, *arguments) -> Markup:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "calibrate", "font.size": 9})
+    # No mathematics: an arm may be called `no$\\pen$alty`.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "calibrate", "font.size": 9, "text.parse_math": False}
+    matplotlib.rcParams.update(style)
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
@@ -88,20 +90,67 @@ def layers(figure, change: Change, before: Record) -> None:
     axes.legend(frameon=False)
 
 
-def trajectory(figure, before: Record, after: Record) -> None:
+def trajectory(figure, records: dict[str, Record]) -> None:
     """Target reading at each turn header of the failing transcripts, and at the last one of their twins."""
     figure.set_size_inches(8, 3)
     axes = figure.add_subplot()
-    for record, colour, label in ((before, CONTROL, "before"), (after, TRAINED, "after")):
+    colours = (CONTROL, TRAINED)[-len(records) :]
+    for (name, record), colour in zip(records.items(), colours, strict=True):
+        prefix = f"{name}, " if name else ""
         failing = [readings for _, outcome, readings in record.contexts.trajectory if outcome == "failing"]
         passing = [readings[-1] for _, outcome, readings in record.contexts.trajectory if outcome == "passing"]
         longest = max(map(len, failing))
         turns = [[r[turn] for r in failing if len(r) > turn] for turn in range(longest)]
-        axes.plot(
-            range(1, longest + 1), [sum(t) / len(t) for t in turns], "o-", color=colour, label=f"{label}, failing"
-        )
-        axes.plot([longest + 0.3], [sum(passing) / len(passing)], "s", color=colour, label=f"{label}, twin passes")
+        means = [sum(t) / len(t) for t in turns]
+        axes.plot(range(1, longest + 1), means, "o-", color=colour, label=f"{prefix}failing")
+        axes.plot([longest + 0.3], [sum(passing) / len(passing)], "s", color=colour, label=f"{prefix}twin passes")
     axes.set_xlabel("assistant's turn of a failing transcript")
-    axes.set_ylabel(f"{before.concept} at the header, sigma")
+    axes.set_ylabel(f"{record.concept} at the header, sigma")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def ranked(figure, rows: list[dict]) -> None:
+    """The highest and the lowest concepts of a profile over the scenarios, at the turn header and over the reply."""
+    shown = rows if len(rows) <= TALLEST else rows[: TALLEST // 2] + rows[-TALLEST // 2 :]
+    figure.set_size_inches(8, 0.2 * len(shown) + 1.2)
+    axes = figure.add_subplot()
+    for place, shift, colour, marker in (("header", 0, TRAINED, "o"), ("reply", 0.35, FAILING, "s")):
+        label = {"header": "turn header", "reply": "over the reply"}[place]
+        for height, row in enumerate(shown):
+            if interval := row[place]:
+                ends, at = [interval["low"], interval["high"]], height + shift
+                axes.plot(ends, [at, at], color=colour, linewidth=1.5, alpha=0.6)
+                axes.plot([interval["estimate"]], [at], marker, color=colour, markersize=3, label=label)
+                label = None
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_yticks(range(len(shown)), [row["concept"] for row in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("reading over the shipped scenarios, sigma (95 % interval over scenarios)")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def dose(figure, curves: list[dict]) -> None:
+    """A row for each direction: honest over gaming replies by dose, and beside it what the dose damages."""
+    kinds = [("margin", "honest over gaming (nats)"), ("loss", "loss of neutral text (nats)"),
+             ("repetition", "repeated 4-grams (share)"), ("runnable", "runnable answers (share)")]  # fmt: skip
+    kinds = [(key, title) for key, title in kinds if any(key in point for c in curves for point in c["points"])]
+    figure.set_size_inches(8, 1.5 * len(curves) + 0.6)
+    grid = figure.subplots(len(curves), len(kinds), squeeze=False, sharex=True, sharey="col")
+    for row, curve in zip(grid, curves, strict=True):
+        for axes, (key, title) in zip(row, kinds, strict=True):
+            points = [point for point in curve["points"] if point.get(key) is not None]
+            doses, values = [point["dose"] for point in points], [point[key] for point in points]
+            whole = [value if isinstance(value, list | tuple) else (value,) * 3 for value in values]
+            axes.axvspan(*curve["usable"], color="#cccccc", alpha=0.4)
+            colour = TRAINED if key == "margin" else FAILING
+            axes.plot(doses, [v[0] for v in whole], "o-", color=colour, markersize=3)
+            axes.fill_between(doses, [v[1] for v in whole], [v[2] for v in whole], color=colour, alpha=0.15)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=7)
+            if curve is curves[0]:
+                axes.set_title(title, fontsize=8)
+        row[0].set_ylabel(curve["name"], fontsize=8)
+    grid[-1][0].set_xlabel("dose (share of the residual norm)", fontsize=8)
