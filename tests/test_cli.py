@@ -3,6 +3,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -135,6 +136,25 @@ ERRORS = [
     ("audit {broken_adapter}", "the tensor '.*layers.0.self_attn.q_proj.lora_B.default.weight' holds values that are"),
     ("audit {tiny} --chats {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; .* with `--truncate`"),
     ("audit {tiny} --chats {tmp}/none.jsonl", "none.jsonl: no such file"),
+    (
+        "audit {tiny} --chats {tmp}/empty.jsonl",
+        r"empty.jsonl: no chats; give JSONL of \{id, messages\} or \{id, text\}",
+    ),
+    (
+        "audit {tiny} --chats {tmp}/role.jsonl",
+        r"role.jsonl:1: .* `role` \(system, user, assistant, tool\) and `content`",
+    ),
+    (
+        "audit {tiny} --full --steer calm=0.1",
+        "steers what a quick audit reads; leave out `--full` and `--lm-eval`, or",
+    ),
+    ("audit {tiny} --max-new-tokens 7", "which only `--full` asks; add it or leave it out"),
+    ("audit {tiny} --concepts calm --max-concepts 2", "names what `--max-concepts` would choose; give one of them"),
+    ("audit {misfit}", "adapter '.*misfit' does not fit its base .*; give the base it names"),
+    (
+        "compare {before} {other}",
+        r"other' has another architecture \(width 32, 2 layers\) than .*before' \(width 32, 5 la",
+    ),
     ("compare {tmp}/nowhere {before}", "no folder with config.json"),
     ("compare {before} {before} --arms a={before} b={before} a={before}", r"names an arm twice \(a, b, a\); number"),
     ("compare {before} {before} --arms none={tmp}/nowhere", "no folder with config.json"),
@@ -163,6 +183,8 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
         "quiet": [dialogue, dialogue | {"split": "audit"}],
         "uneven": [story | {"concept": c, "topic": t, "split": "audit"} for c, t in UNEVEN],
         "long": [{"id": "endless", "text": "and so on " * 2000}],
+        "empty": [],
+        "role": [{"id": 1, "messages": [{"role": "robot", "content": "go"}]}],
     }.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     (folder / "older").mkdir()
@@ -190,7 +212,10 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0] = float("inf")
     save_file(tensors, folder / "broken_adapter" / "adapter_model.safetensors")
-    names = ("bare", "banded", "foreign", "narrow", "mild", "other", "broken", "broken_adapter")
+    shutil.copytree(adapter, folder / "misfit")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.zeros(3, 2)
+    save_file(tensors, folder / "misfit" / "adapter_model.safetensors")
+    names = ("misfit", "bare", "banded", "foreign", "narrow", "mild", "other", "broken", "broken_adapter")
     run_places = {"train": run / "vectors/train", "before": run / "before"}
     return {"tmp": folder, "tiny": tiny_folder} | {name: folder / name for name in names} | run_places
 
@@ -218,6 +243,7 @@ def test_user_errors_end_in_one_line_and_leave_nothing(command, words, run, text
             "model 'nobody/nothing' cannot be loaded .*; give a Hub id",
         ),
         ("compare {tiny} {tmp}/older", "schema 1, this version reads"),
+        ("compare {tiny} {other}", "other' has another architecture"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_read(command, words, run, texts, places, tmp_path, monkeypatch):
@@ -251,7 +277,7 @@ def test_another_configuration_never_overwrites(run, texts, tiny_folder, tmp_pat
         "--target calm": "own_stories, target",
         "--concepts calm": "own_stories",
         "--steer calm=0.1": "steer",
-        "--full --max-new-tokens 7": "corpora, full, max_new_tokens, own_stories, pairs",
+        "--full --max-new-tokens 7": "corpora, full, max_new_tokens, own_stories, pairs, played",
     }.items():
         assert f"(differing: {differing})" in error(*audit, *option.split(), "--out", run / "before"), option
     assert contents(run) == kept

@@ -92,12 +92,14 @@ def test_the_command_prints_flags_and_writes_json(planted, tiny_folder, tiny_vec
             "1 neutral dialogues .*; the levels need at least 2",
         ),
         ("--tasks {tmp}/none.jsonl", "none.jsonl: no such file"),
+        ("--tasks {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; shorten the prompt"),
     ],
 )
 def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypatch, words, message):
     write_jsonl(tmp_path / "tasks.jsonl", [{"id": "calm", "text": CALM}])
     (tmp_path / "empty.jsonl").write_text("")
     write_jsonl(tmp_path / "quiet.jsonl", [row._asdict() for row in load_neutral() if row.split == "audit"][:1])
+    write_jsonl(tmp_path / "long.jsonl", [{"id": "endless", "text": "and so on " * 2000}])
     given = words.format(tmp=tmp_path).split()
     monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tiny_folder), "--vectors", str(tiny_vectors), *given])
     with pytest.raises(SystemExit, match=message):
@@ -107,7 +109,7 @@ def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "option",
     ["pairs x", "twins x", "stories x", "chats x", "reference x", "concepts calm", "max-concepts 3", "max-tasks 3",
-     "max-rows 3", "max-pairs-per-task 1", "steer calm=0.1", "full", "pressed", "truncate"],
+     "max-rows 3", "max-new-tokens 9", "split selection", "max-pairs-per-task 1", "steer calm=0.1", "full", "pressed", "truncate"],
 )  # fmt: skip
 def test_options_of_an_audit_have_no_effect_on_prompts_and_are_refused(tiny_folder, tmp_path, monkeypatch, option):
     given = ["--tasks", tmp_path / "tasks.jsonl", *f"--{option}".split()]
