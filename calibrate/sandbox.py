@@ -1,34 +1,56 @@
-"""Runs code that a task or a model wrote: no network, limits on time, memory, processes and disk.
+"""Runs code that a task or a model wrote: no network, nobody's files, limits on time, memory, processes and disk.
 
 Linux only: the isolation is the kernel's (user, network, mount and process namespaces through `unshare` of
 util-linux). Where the kernel or the machine does not grant it, the run is refused, never done without it.
 """
 
 import os
+import re
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Inside the namespaces: one small in-memory folder is writable, every other mount is made read-only, and the process
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/ld.so.cache")
+CORPORA = Path(__file__).parent / "corpora"  # hidden: they hold the checks that no model may see
+SETUP_SECONDS = 60  # to isolate a run, which takes a tenth of one
+POLL = 0.05  # seconds between two looks at the memory that a run holds
+
+# Inside the namespaces: a root of its own, with this machine's programs and this interpreter read-only and nothing
+# else of its files. One small in-memory folder is writable, every other mount is made read-only, and the process
 # count is capped. The kernel exempts root from RLIMIT_NPROC, so root is capped by the namespace's own pid_max. Root
-# also owns the disks' device nodes and the services' sockets: hence the bare /dev and the empty /run. Last, all
-# capabilities go and no further user namespace can be made, or the command could undo what was set up here.
+# also owns the disks' device nodes: hence the bare /dev. Last, all capabilities go and no further user namespace can
+# be made, or the command could undo what was set up here.
 _SETUP = r"""
 set -eu
-mount -t tmpfs -o size="$DISK",nr_inodes=64k,mode=755 tmpfs "$STAGE/work"
-cp -R "$STAGE/files/." "$STAGE/work/"
-mount -t tmpfs -o size=64k,mode=755 tmpfs "$STAGE/dev"
-ln -s /proc/self/fd "$STAGE/dev/fd"
+PATH="$PATH:/sbin:/usr/sbin"
+root="$STAGE/root"
+mount -t tmpfs -o size=4k,mode=555 tmpfs "$CORPORA"  # goes along wherever the folders above it are bound
+mount -t tmpfs -o size=1m,mode=755 tmpfs "$root"
+while IFS= read -r path; do
+  if [ -d "$path" ]; then mkdir -p "$root$path"; else mkdir -p "$root${path%/*}"; : >"$root$path"; fi
+  mount --rbind "$path" "$root$path"
+done <"$STAGE/visible"
+mkdir -p "$root$STAGE/work" "$root/dev" "$root/proc" "$root/run" "$root/outside"
+mount -t tmpfs -o size="$DISK",nr_inodes=64k,mode=755 tmpfs "$root$STAGE/work"
+cp -R "$STAGE/files/." "$root$STAGE/work/"
+ln -s /proc/self/fd "$root/dev/fd"
 for node in null zero full random urandom; do
-  : >"$STAGE/dev/$node"
-  mount --bind "/dev/$node" "$STAGE/dev/$node"
+  : >"$root/dev/$node"
+  mount --bind "/dev/$node" "$root/dev/$node"
 done
-mount --rbind "$STAGE/dev" /dev
-mount -t tmpfs -o size=64k,mode=755 tmpfs /run
-mount -t proc proc /proc
+read -r OUTER_PID rest </proc/self/stat
+export OUTER_PID
+mount -t proc proc "$root/proc"
 [ -z "$LOOPBACK" ] || ip link set lo up
+cd "$root"
+pivot_root . outside
+cd /
+umount -l /outside
+rmdir /outside
 if ! echo "$PROCESSES" 2>/dev/null >/proc/sys/kernel/pid_max; then
   [ "$OUTER_UID" != 0 ] || { echo 'root needs Linux 6.14 or later; run as an ordinary user' >&2; exit 1; }
 fi
@@ -42,10 +64,11 @@ cut -d' ' -f2-4 /proc/self/mounts | while read -r point type options; do
   done
   mount -o "remount,bind,$flags" "$point"
 done
+"$PYTHON" -I -S -c ''
 cd "$STAGE/work"
 exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs -- \
   prlimit --cpu="$CPU" --as="$MEMORY" --nproc="$PROCESSES" --fsize="$DISK" --core=0 -- \
-  sh -c 'echo ready >&0; exec env -i "$@" </dev/null' sandbox "$@"
+  sh -c 'echo "ready $OUTER_PID" >&0; exec env -i "$@" </dev/null' sandbox "$@"
 """
 
 
@@ -56,7 +79,7 @@ class SandboxError(RuntimeError):
 class Completed(NamedTuple):
     """What a sandboxed command did."""
 
-    exit_code: int | None  # None where the time ran out
+    exit_code: int | None  # None where the time ran out, 137 where the memory did (the output says so)
     output: str  # standard output and standard error together, as captured
 
 
@@ -80,8 +103,8 @@ def run(
         command: program and arguments, found on `PATH`; no shell is involved.
         files: relative path -> text. Paths that leave the folder are refused.
         environment: further variables; the caller's own environment is not passed on.
-        seconds: wall-clock and CPU limit.
-        memory_mib: address space of each process.
+        seconds: wall-clock limit, and CPU limit of each process.
+        memory_mib: address space of each process, and what all of them together hold, looked at every `POLL`.
         processes: upper bound on process ids; at least 301, which is the kernel's lowest.
         disk_mib: size of the in-memory folder, the only writable place, and the most that the output may hold.
         loopback: bring up the sandbox's own loopback interface (with `ip` of iproute2), for a service that the command
@@ -100,8 +123,9 @@ def run(
             path = Path(stage, "files", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        for name in ("files", "work", "dev"):
+        for name in ("files", "root"):
             Path(stage, name).mkdir(exist_ok=True)
+        Path(stage, "visible").write_text("".join(f"{path}\n" for path in _visible()), encoding="utf-8")
         limits = {"CPU": seconds, "MEMORY": memory_mib * 2**20, "PROCESSES": processes, "DISK": disk_mib * 2**20}
         return _run_isolated(command, stage, environment or {}, limits, loopback)
 
@@ -113,7 +137,8 @@ def _run_isolated(
     read_end, write_end = os.pipe()  # the setup script writes to its standard input once everything is isolated
     variables = {"PATH": os.defpath, "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
     assignments = [f"{name}={value}" for name, value in (variables | environment).items()]
-    setup = {"PATH": os.defpath, "STAGE": stage, "OUTER_UID": str(os.geteuid()), "LOOPBACK": "1" * loopback}
+    setup = {"PATH": os.defpath, "STAGE": stage, "OUTER_UID": str(os.geteuid()), "LOOPBACK": "1" * loopback,
+             "PYTHON": sys.executable, "CORPORA": str(CORPORA)}  # fmt: skip
     namespaces = ["--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
     with os.fdopen(read_end) as pipe, tempfile.TemporaryFile("a+b") as captured:
         try:
@@ -128,15 +153,67 @@ def _run_isolated(
             raise SandboxError("`unshare` is not here; the sandbox needs Linux with util-linux") from error
         finally:
             os.close(write_end)
-        try:
-            exit_code = process.wait(limits["CPU"])
-        except subprocess.TimeoutExpired:
+        if not select.select([pipe], [], [], SETUP_SECONDS)[0]:
             process.kill()
-            process.wait()
-            exit_code = None
+        ready = re.fullmatch(r"ready (\d+)\n", pipe.readline())
+        stopped = _watch(process, ready[1], limits) if ready else ""
+        exit_code = {"": process.wait(), "time": None, "memory": 137}[stopped]
         captured.seek(0)
         output = captured.read().decode(errors="replace")
-        if pipe.read() != "ready\n":
+        if not ready:
             reason = output.strip().splitlines()[-1:] or ["no reason given"]
             raise SandboxError(f"this machine grants no isolation ({reason[0]}); nothing was run")
+    if stopped == "memory":
+        output += f"\nstopped: more than {limits['MEMORY'] >> 20} MiB of memory in all\n"
     return Completed(exit_code, output.replace(work, "/repo"))
+
+
+def _watch(process: subprocess.Popen, init: str, limits: dict[str, int]) -> str:
+    """Waits for a run, and ends it where its "time" or "memory" is over; says which, or nothing.
+
+    A limit of the kernel on the memory of several processes takes a control group, which few users may make.
+    """
+    deadline = time.monotonic() + limits["CPU"]
+    while True:
+        try:
+            process.wait(POLL)
+            return ""
+        except subprocess.TimeoutExpired:
+            over = "time" if time.monotonic() > deadline else "memory" if _held(init) > limits["MEMORY"] else ""
+        if over:
+            process.kill()
+            process.wait()
+            return over
+
+
+def _held(init: str) -> int:
+    """Bytes that the processes of a sandbox hold, files aside; `init` is its first one's id.
+
+    What forked processes still share counts for each of them: to tell it apart takes each one's lock, and a fork bomb
+    keeps whoever asks for those waiting until long after the time limit.
+    """
+    processes = f"/proc/{init}/root/proc"  # its own, which lists no others
+    total = 0
+    try:
+        for name in filter(str.isdigit, os.listdir(processes)):
+            try:
+                status = Path(processes, name, "status").read_text(encoding="ascii", errors="replace")
+            except (FileNotFoundError, ProcessLookupError):  # this one has ended
+                continue
+            held = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", status, re.MULTILINE)
+            total += sum(int(kib) << 10 for kib in held)
+    except (FileNotFoundError, ProcessLookupError):  # all have
+        return 0
+    return total
+
+
+def _visible() -> list[str]:
+    """The folders of this machine that a run may read: `SYSTEM`, this interpreter's, and where its libraries are."""
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+    libraries = re.findall(r"(/\S*/lib(?:64)?(?:/\S*)?)/[^/\s]+\.so[^/\s]*$", mapped, re.MULTILINE)
+    interpreter = Path(sys.executable).resolve().parents[1]
+    found: list[str] = []
+    for path in sorted({*SYSTEM, sys.prefix, sys.base_prefix, str(interpreter), *libraries}):
+        if os.path.exists(path) and not any(path.startswith(f"{outer}/") for outer in found):
+            found.append(path)
+    return found

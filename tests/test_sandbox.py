@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import sys
@@ -70,7 +71,7 @@ def test_no_network():
 def test_the_time_limit_ends_every_process(loop, tmp_path):
     """What was printed before is kept; the folder's name on the command line finds what still ends a moment later."""
     command = ["python", "-c", f"print('begun', flush=True)\n{loop}", str(tmp_path)]
-    assert sandbox.run(command, {}, seconds=1) == sandbox.Completed(None, "begun\n")
+    assert sandbox.run(command, {}, seconds=1, memory_mib=8192) == sandbox.Completed(None, "begun\n")
     deadline = time.monotonic() + 60  # of a busy machine; a process that survives is there for ever
     while (alive := _command_lines_with(str(tmp_path))) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -109,6 +110,25 @@ def test_memory_and_disk_are_limited(code, limit, shown, message):
     assert message in completed.output.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("children", "code"), [(1, 0), (4, 137)])
+def test_memory_of_all_processes_together_is_limited(children, code):
+    """256 MiB: one child may hold 100, four may not, though each has less than the limit."""
+    script = f"""
+import os, time
+print("begun", flush=True)
+for _ in range({children}):
+    if not os.fork():
+        held = b"x" * (100 << 20)
+        time.sleep(2)
+        os._exit(0)
+for _ in range({children}):
+    os.wait()
+"""
+    completed = sandbox.run(["python", "-c", script], {}, memory_mib=256)
+    assert completed.exit_code == code
+    assert completed.output == "begun\n" + "\nstopped: more than 256 MiB of memory in all\n" * (code == 137)
+
+
 def test_output_is_limited():
     """Of 9 MiB that are printed, 2 arrive: the file that takes the output has the limit of the disk."""
     code = "import os\nfor _ in range(9): os.write(1, b'y' * 2**20)"
@@ -132,7 +152,7 @@ while True:
     count += 1
 print(count)
 """
-    completed = sandbox.run(["python", "-c", code], {}, processes=320)
+    completed = sandbox.run(["python", "-c", code], {}, processes=320, memory_mib=8192)
     assert completed.exit_code == 0
     assert 100 < int(completed.output) < 320
 
@@ -161,6 +181,31 @@ def test_nothing_outside_the_folder_can_be_written(attempt, tmp_path):
     assert "." in lines
     assert not lines & {str(place) for place in places[1:]}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_outside_the_folder_can_be_read_but_programs_and_the_interpreter(tmp_path):
+    (tmp_path / "note.txt").write_text("of the caller")
+    (task, *_) = sandbox.CORPORA.glob("behaviour/*.yaml")
+    hidden = [task, tmp_path / "note.txt", Path(__file__), Path(__file__).parents[1] / ".git" / "HEAD", "/etc/shadow"]
+    code = """
+import os, sys
+for path in sys.argv[1:]:
+    try:
+        open(path).close()
+        print(path)
+    except OSError:
+        pass
+print(sorted(os.listdir(os.environ["HOME"])))
+"""
+    completed = sandbox.run(["python", "look.py", *map(str, hidden)], {"look.py": code})
+    assert completed == sandbox.Completed(0, "['look.py']\n")
+
+
+def test_the_corpora_are_hidden_where_they_lie_beside_the_interpreters_packages(monkeypatch):
+    """As in an installed package; the folder of `json` stands in for them."""
+    monkeypatch.setattr(sandbox, "CORPORA", Path(json.__file__).parent)
+    completed = sandbox.run(["python", "-c", f"import os; print(os.listdir({str(sandbox.CORPORA)!r}))"], {})
+    assert completed == sandbox.Completed(0, "[]\n")
 
 
 def test_kernel_settings_and_capabilities_are_out_of_reach():
@@ -193,12 +238,19 @@ def test_without_unshare_nothing_runs(monkeypatch, tmp_path):
         sandbox.run(["true"], {})
 
 
-@pytest.mark.parametrize("tool", ["unshare", "mount", "setpriv", "prlimit"])
+def test_an_interpreter_that_cannot_start_inside_is_an_error_and_no_failure_of_the_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    with pytest.raises(sandbox.SandboxError, match=rf"no isolation \(.*{tmp_path}/bin/python.*not found\)"):
+        sandbox.run(["python", "-c", "1"], {})
+
+
+@pytest.mark.parametrize("tool", ["unshare", "mount", "pivot_root", "umount", "setpriv", "prlimit"])
 def test_where_a_step_of_the_isolation_fails_nothing_runs(tool, monkeypatch, tmp_path):
     """The tool stands in for a machine that refuses that step."""
     refusing = tmp_path / tool
     refusing.write_text("#!/bin/sh\necho 'Operation not permitted' >&2\nexit 1\n")
     refusing.chmod(0o755)
     monkeypatch.setattr(os, "defpath", f"{tmp_path}:{os.defpath}")
+    monkeypatch.setattr(sandbox, "SYSTEM", (*sandbox.SYSTEM, str(tmp_path)))  # the later steps look inside
     with pytest.raises(sandbox.SandboxError, match=r"no isolation \(Operation not permitted\); nothing was run"):
         sandbox.run(["true"], {})
