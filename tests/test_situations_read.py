@@ -130,7 +130,7 @@ def test_a_text_that_ends_with_the_user_gets_the_models_own_reply(tools):
 
 
 def test_a_reply_that_does_not_fit_or_is_empty_is_not_there(tools, monkeypatch):
-    checkpoint, vectors = tools
+    checkpoint = tools[0]
     row = Text("open", "scenarios", "x", CHAT[:2])
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.model.config, "max_position_embeddings", 60)

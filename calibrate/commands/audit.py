@@ -23,12 +23,28 @@ def audit(arguments: argparse.Namespace) -> None:
         raise ValueError("`--steer` steers what a quick audit reads; leave out `--full` and `--lm-eval`, or `--steer`")
     arguments.out = arguments.out or Path("runs") / f"audit-{Path(arguments.model).name}"
     record = run(arguments, lambda options: arguments.out)
-    if record is None:
+    if record is None and (arguments.out / "profile.html").is_file():
         return print(f"{arguments.out} already holds this audit; nothing to do")
+    _profile(arguments, record)
+
+
+def _profile(arguments: argparse.Namespace, record) -> None:
+    """Writes the profile of a record, or of the audit in `--out` that was stopped before its profile, and prints it."""
+    from calibrate.audit.record import load_record
+    from calibrate.report import profile
+
+    record = record or load_record(arguments.out)
+    data = profile.write(arguments.out, record)
     print(f"{arguments.out}: {arguments.target} at the turn header, sigma (95 % interval over tasks)")
     for kind, readings in record.summary()["header"].items():
         estimate, low, high = readings[arguments.target]
         print(f"  {kind:8} {estimate:6.2f} [{low:.2f}, {high:.2f}]")
+    ranked = [(row["concept"], row["header"]) for row in data["concepts"] if row["header"]]
+    for which, rows in (("Highest", ranked[:10]), ("Lowest", ranked[:-11:-1])):
+        print(f"{which} of {len(ranked)} concepts at the turn header, sigma (95 % interval over scenarios)")
+        for name, i in rows:
+            print(f"  {name:14} {i['estimate']:6.2f} [{i['low']:.2f}, {i['high']:.2f}]")
+    print(f"Profile: {arguments.out / 'profile.html'}")
 
 
 def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
