@@ -188,6 +188,15 @@ def test_the_schema_refuses_what_is_no_profile(record, tmp_path):
         assert not SCHEMA.is_valid({key: value for key, value in data.items() if key != name}), name
 
 
+def test_what_is_not_finite_is_refused_and_nothing_is_written(record, planted, tmp_path):
+    broken = make_record(planted, BASELINE, loss=np.nan)
+    with pytest.raises(ValueError, match=r"^planted: a figure is not finite .*; .* float32$"):
+        broken.save(tmp_path / "audit")
+    with pytest.raises(ValueError, match=r"^planted: a figure is not finite .*; .* float32$"):
+        profile.write(tmp_path, broken)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_one_scenario_has_no_interval_and_its_page_says_so(record, tmp_path):
     found = record.situations
     one = record._replace(situations=Situations(found.texts[:1], found.readings[:1]))

@@ -59,8 +59,15 @@ class Record(NamedTuple):
                     f"{self.model}: {', '.join(broken)} hold values that are not finite, though its weights are; its "
                     "precision is too small for its states: load it in float32"
                 )
+            try:
+                content = json.dumps(self._content(), indent=1, allow_nan=False)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.model}: a figure is not finite ({error}); its precision is too small for its states or "
+                    "likelihoods: load it in float32"
+                ) from error
             save_file({name: rows.contiguous() for name, rows in tensors.items()}, whole / "states.safetensors")
-            (whole / "audit.json").write_text(json.dumps(self._content(), indent=1), encoding="utf-8")
+            (whole / "audit.json").write_text(content, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(whole, folder)
 

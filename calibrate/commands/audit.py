@@ -29,7 +29,7 @@ def audit(arguments: argparse.Namespace) -> None:
 
 
 def _profile(arguments: argparse.Namespace, record) -> None:
-    """Writes the profile of a record, or of the audit in `--out` that was stopped before its profile, and prints it."""
+    """Writes the profile of a record, or of an audit that was stopped before it, and prints the main of it."""
     from calibrate.audit.record import load_record
     from calibrate.report import profile
 

@@ -17,9 +17,8 @@ def draw(make, *arguments) -> Markup:
     import matplotlib
 
     matplotlib.use("Agg")
-    # No mathematics: an arm may be called `no$\\pen$alty`.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "calibrate", "font.size": 9, "text.parse_math": False}
-    matplotlib.rcParams.update(style)
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "calibrate", "font.size": 9})
+    matplotlib.rcParams["text.parse_math"] = False  # an arm may be called `no$\pen$alty`
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
