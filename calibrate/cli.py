@@ -179,6 +179,13 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
         help="control arms, models or audits: none (no penalty), random (direction), ...",
     )  # fmt: skip
     three.add_argument(
+        "--seeds",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="AFTER trained with other seeds: all must be calibrated",
+    )
+    three.add_argument(
         "--audits", type=Path, default=Path("runs/audits"), help="where audits are kept and found again"
     )
     three.add_argument("--out", type=Path, required=True, help="folder for the report")

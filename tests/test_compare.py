@@ -123,6 +123,31 @@ def test_the_exit_status_is_that_of_the_verdict(again, tmp_path, monkeypatch, ou
     assert (tmp_path / "report.html").is_file()
 
 
+def test_of_several_seeds_the_first_outcome_of_the_rule_is_named(
+    compared, texts, tiny_vectors, tmp_path, monkeypatch, capsys
+):
+    """AFTER is calibrated, a seed that equals BEFORE has no effect: so has the change, and that seed is reported."""
+
+    def judge(figures, reason):
+        outcome = "no effect" if figures["fall_failing"] == (0, 0, 0) else "calibrated"
+        return Verdict(outcome, [Finding(outcome, "so it is", ["gain: 1"], [])], {})
+
+    monkeypatch.setattr(verdict, "judge", judge)
+    before, after = audits(compared)
+    same = shutil.copytree(before, tmp_path / "same")
+    words = ["compare", before, after, "--vectors", tiny_vectors, *texts["audit"], "--out", tmp_path / "report"]
+    assert status(*words, "--seeds", same) == 2
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        f"{same}: no effect", f"{after}: calibrated", "Verdict: no effect. so it is (gain: 1)"
+    ]  # fmt: skip
+    data = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
+    assert (data["verdict"], data["after"]) == ("no effect", data["before"])
+    assert [(seed["model"], seed["verdict"]) for seed in data["seeds"]] == [(str(after), "calibrated")]
+    assert status(*words) == 0
+    with pytest.raises(SystemExit, match="AFTER and `--seeds` name a model twice"):
+        calibrate(*words, "--seeds", same, same)
+
+
 def test_without_a_band_the_verdict_is_that_of_the_search(texts, tiny_vectors, tiny_folder, adapter, tmp_path, capsys):
     vectors = load_vectors(str(tiny_vectors))
     vectors.set_band(None, "no layer qualifies")

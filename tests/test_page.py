@@ -40,7 +40,7 @@ def test_the_verdict_is_read_and_the_concept_chosen(browser, planted, tmp_path):
     )
     change = readers.compare(before, after)
     judged = verdict.judge(change.figures)
-    report.write(tmp_path, judged, before, after, change, {})
+    report.write(tmp_path, judged, before, after, change, {}, {})
     browser.get((tmp_path / "report.html").as_uri())
     by_css = lambda query: browser.find_elements("css selector", query)  # noqa: E731
     assert by_css("#verdict")[0].text == f"Verdict: {judged.outcome}"

@@ -62,14 +62,14 @@ def with_traces(record, traces: list[TokenTrace]):
     return record._replace(contexts=record.contexts._replace(profile=profile))
 
 
-def write(folder, audits, judged=VERDICT, arm="random") -> str:
+def write(folder, audits, judged=VERDICT, arm="random", seeds=None) -> str:
     """Writes the report of these audits and returns the page."""
     before, after, control = audits
     controls = {arm: readers.compare(before, control)}
     change = readers.compare(before, after)
     figures = readers.beside_controls(change.by_task, {name: one.by_task for name, one in controls.items()})
     change = change._replace(figures=change.figures | figures)
-    report.write(folder, judged, before, after, change, controls)
+    report.write(folder, judged, before, after, change, controls, seeds or {})
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -138,6 +138,21 @@ def test_the_verdict_comes_first_and_figures_are_tables(audits, tmp_path):
         assert other.startswith(control)
     assert set(readers.FIGURES.values()) <= set(cells)
     assert cells.count("felt") == cells.count("failed") == 3  # probes of three kinds
+
+
+def test_other_seeds_stand_beside_with_their_verdicts(audits, tmp_path):
+    """The seed is the control of the others' tests: it fell by 0.1 sigma."""
+    moved = readers.compare(audits[0], audits[2])
+    page = write(tmp_path, audits, seeds={f"seed {SCRIPT}": (VERDICT._replace(outcome="no effect"), moved)})
+    (said,) = (text for text in elements(page, "p") if text.startswith("Trained with other seeds"))
+    assert said.startswith(f"Trained with other seeds: seed {SCRIPT} no effect. The verdict is the first of them")
+    assert f"seed {SCRIPT}" in elements(page, "th")
+    cells = elements(page, "td")
+    at = cells.index("fall on failing contexts, turn header (sigma)")
+    assert [cell.split(" [")[0] for cell in cells[at + 1 : at + 4]] == ["1.5", "0.1", "0.1"]
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(data, SCHEMA)
+    assert data["seeds"][0]["verdict"] == "no effect"
 
 
 def test_the_page_shows_the_whole_rule(audits, tmp_path):
@@ -369,3 +384,83 @@ def test_two_writes_give_the_same_bytes(audits, tmp_path):
     for name in ("report.html", "report.json", "card.md"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert not [*tmp_path.rglob("*.partial")]
+
+
+def test_arms_with_dollar_signs_are_drawn_as_they_are_named(audits, tmp_path):
+    """Between two of them matplotlib reads mathematics, of which `\\pen` is none."""
+    drawn = elements(write(tmp_path, audits, arm="no$\\pen$alty"), "text")
+    assert drawn.count("no$\\pen$alty") > 10
+
+
+def test_what_is_nearest_to_another_verdict_stands_beside_calibrated(audits, tmp_path):
+    """KL is 0.01 without a spread, so that its distance from 0.1 is none that could be told: the last."""
+    figures = dict.fromkeys(readers.FIGURES) | {
+        "contrast": stats.Interval(1.0, 0.5, 1.5),  # 1 half-width over 0
+        "specificity": stats.Interval(0.9, 0.8, 1.0),  # 3 over 0.6 and 8 over 0
+        "fall_failing": stats.Interval(0.8, 0.7, 0.9),  # 5 over 0.3 and 7 over 0; of both together the farther
+        "gain": stats.Interval(0.5, 0.4, 0.6),
+        "kl": stats.Interval(0.01, 0.01, 0.01),
+    }
+    rows = [
+        row for row in report.nearest(figures) if row["outcome"] in ("premise not met", "indiscriminate", "damage")
+    ]
+    assert [(row["outcome"], round(row["distance"], 6)) for row in rows[:3]] == [
+        ("premise not met", 1), ("indiscriminate", 3), ("indiscriminate", 8),
+    ]  # fmt: skip
+    assert rows[0]["conditions"] == ["contrast.low <= 0"]
+    assert (rows[3]["conditions"], rows[3]["distance"] > 1e6) == (["kl.low > 0.1"], True)
+    calibrated = Verdict(verdict.CALIBRATED, [Finding(verdict.CALIBRATED, "all well", [], [])], {})
+    page = write(tmp_path, audits, judged=calibrated)
+    heading = "It would be another verdict if any of these held, the nearest first"
+    assert any(text.startswith(heading) for text in elements(page, "p"))
+    cells = elements(page, "td")
+    at = cells.index("premise not met")
+    assert cells[at + 1] == "contrast.low <= 0"
+    assert cells[at + 2].startswith("2 [")
+    assert heading not in write(tmp_path, audits)
+
+
+def test_doses_are_drawn_with_their_damage_and_the_usable_window(audits, tmp_path):
+    """Two of three doses are usable; answers that run are drawn where they were counted."""
+    points = [
+        {
+            "dose": dose,
+            "margin": [dose, dose - 0.1, dose + 0.1],
+            "margins": [dose],
+            "loss": 2 + dose,
+            "repetition": 0.5,
+        }
+        for dose in (-0.1, 0.0, 0.1)
+    ]
+    curves = [
+        {"name": name, "points": points, "usable": [0.0, 0.1], "slope": None} for name in ("desperate", "random 1")
+    ]
+    page = write(tmp_path, [audits[0]._replace(more=FULL | {"dose": curves}), *audits[1:]])
+    drawn = elements(page, "text")
+    for title in ("honest over gaming (nats)", "loss of neutral text (nats)", "repeated 4-grams (share)", "random 1"):
+        assert drawn.count(title) == 1
+    assert "runnable answers (share)" not in drawn
+    assert any(text.startswith("Of before, a row for each direction") for text in elements(page, "p"))
+    runnable = [curve | {"points": [point | {"runnable": 0.5} for point in points]} for curve in curves]
+    assert "runnable answers (share)" in elements(
+        report.dose_figures({"before": {"dose": runnable}})["before"], "text"
+    )
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    report.figures.dose(figure, curves)
+    shaded = [
+        patch.get_extents().transformed(axes.transData.inverted()) for axes in figure.axes for patch in axes.patches
+    ]
+    assert [(round(box.x0, 6), round(box.x1, 6)) for box in shaded] == [(0.0, 0.1)] * 6
+
+
+def test_local_and_persistent_have_intervals_on_the_page(audits, tmp_path):
+    """The user's last words read as the header does, in all texts: 1, and by resamples too."""
+    levels = np.random.default_rng(0).normal(size=(len(audits[0].situations.texts), 1, 2))
+    found = audits[0].situations._replace(readings=levels.repeat(3, axis=1))
+    page = write(tmp_path, [audits[0]._replace(situations=found), *audits[1:]])
+    cells = elements(page, "td")
+    at = cells.index("correlation of the user's last words with the turn header")
+    assert cells[at + 1] == "1 [1, 1]"
+    assert cells[at + 2] == "0 [0, 0]"

@@ -47,11 +47,25 @@ CLAIMS = {  # what a reader would claim: the figures that speak to it, in one un
 
 
 def write(
-    folder: Path, verdict: Verdict, before: Record, after: Record, change: Change, controls: dict[str, Change]
+    folder: Path,
+    verdict: Verdict,
+    before: Record,
+    after: Record,
+    change: Change,
+    controls: dict[str, Change],
+    seeds: dict[str, tuple[Verdict, Change]],
 ) -> None:
-    """Writes report.json, report.html and card.md, each aside first; the template engine escapes every value."""
+    """Writes report.json, report.html and card.md, each aside first; the template engine escapes every value.
+
+    Args:
+        seeds: AFTER trained with other seeds, by the models' names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = to_json(verdict, before, after, change, controls)
+    data["seeds"] = [
+        {"model": name, "verdict": other.outcome, "figures": plain(moved.figures)}
+        for name, (other, moved) in seeds.items()
+    ]
     claims = [
         (title, figures.draw(figures.claim, names, change, controls))
         for title, names in CLAIMS.items()
@@ -143,13 +157,14 @@ def nearest(found: Figures) -> list[dict]:
     rows = []
     for outcome in load_rule():
         for together in outcome.any:
-            intervals = [found[one.figure] for one in together]
-            if None not in intervals:
+            formed = [(one, i) for one in together if (i := found[one.figure])]
+            if len(formed) == len(together):
                 gaps = [
                     abs(getattr(i, one.side) - one.threshold) / max((i.high - i.low) / 2, 1e-12)
-                    for one, i in zip(together, intervals, strict=True)
+                    for one, i in formed
                     if not one.holds(found)
                 ]
+                intervals = [i for _, i in formed]
                 conditions = [f"{one.figure}.{one.side} {one.relation} {one.threshold:g}" for one in together]
                 rows.append({"outcome": outcome.name, "conditions": conditions, "figures": intervals,
                              "distance": max(gaps, default=0.0)})  # fmt: skip
