@@ -1,10 +1,11 @@
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import ModelConfig, TrlParser
+from trl import DPOConfig, ModelConfig, TrlParser
 
 from calibrate.training.arms import Arm
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibratedSFTConfig
@@ -100,6 +101,14 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ),
         ({"arm": "output-kl", "stop_when_met": True}, "`stop_when_met` waits for .*; `arm: output-kl` with"),
         (
+            NO_ANCHORS | {"penalty_share": 0.0, "stop_when_met": True, "logging_steps": 1},
+            "`stop_when_met` waits for readings .* nothing is added to the loss .*every weight is 0.; set it to false",
+        ),
+        *(
+            ({"stop_when_met": True} | logging, "`stop_when_met` needs `logging_steps: 1` and `logging_strategy: step")
+            for logging in ({}, {"logging_steps": 5}, {"logging_steps": 1, "logging_strategy": "epoch"})
+        ),
+        (
             {"ceiling": "prevent"},
             "`ceiling: prevent` starts at a hinge of 0, so `penalty_share` cannot set its weight",
         ),
@@ -141,6 +150,7 @@ def test_every_number_has_a_range(tmp_path, option, value, allowed):
         {"arm": "shuffled", "shuffled_vectors": "v"},
         {"arm": "other-emotion", "other_concept": "sad"},
         {"other_concept": "desperate"},  # of another arm, so never used
+        {"stop_when_met": True, "logging_steps": 1},
     ],
 )
 def test_what_fits_together_is_taken(tmp_path, options):
@@ -168,6 +178,14 @@ def test_what_fits_together_is_taken(tmp_path, options):
         *(
             ({"arm": arm}, f"`arm: {arm}` is a way of preference tuning; use it with recipes/dpo.py")
             for arm in ("calm-dpo", "preventative-steering", "ablation")
+        ),
+        (
+            {"stop_when_met": True, "logging_steps": 1},
+            "`stop_when_met` waits for readings of the loss's own contexts.*`reading_use: reward`.*; set it to false",
+        ),
+        *(
+            ({"reading_use": "both", "arm": arm}, f"`arm: {arm}` presses no direction.*set `reading_use: aux`")
+            for arm in ("consistency", "output-kl")
         ),
         ({"max_pairs": 3}, "`max_pairs` is 3, but GRPO trains on no pairs; leave it out"),
     ],
@@ -217,6 +235,11 @@ def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):
     assert parse(tmp_path, **options).is_plain() is plain
 
 
+FILES = {"twins": "t", "stories": "s", "neutral": "n"}
+NO_TEXTS = {"kl_weight": 0.0, "concept_weight": 0.0, "concept_kl_weight": 0.0}
+TEXTS = {"text_anchor_every": 3, "anchor_texts": 9}
+
+
 @pytest.mark.parametrize(
     ("options", "unused"),
     [
@@ -224,7 +247,45 @@ def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):
         ({"corridor": 0.3, "refit_every": 5}, []),
         ({"arm": "hinge-frozen", "refit_every": 5, "corridor": 0.3}, ["refit_every 5"]),
         ({"arm": "consistency", "corridor": 0.3, "ceiling": "both"}, ["ceiling 'both'", "corridor 0.3"]),
-        ({"arm": "none", "penalty_share": 0.5, "rank": 2}, ["penalty_share 0.5"]),
+        ({"arm": "none", "penalty_share": 0.5, "rank": 2}, ["penalty_share 0.5", "rank 2"]),
+        (FILES | {"arm": "none"}, ["neutral 'n'", "stories 's'", "twins 't'"]),
+        (FILES | {"arm": "none", "max_tasks": 3}, ["neutral 'n'", "stories 's'"]),  # whose pairs are trained on
+        (FILES, []),
+        (FILES | {"arm": "output-kl"}, ["stories 's'"]),
+        (FILES | NO_TEXTS | {"arm": "hinge-frozen"}, ["neutral 'n'", "stories 's'"]),
+        (FILES | NO_TEXTS, ["neutral 'n'"]),  # refits read the stories
+        (NO_TEXTS | TEXTS, ["anchor_texts 9", "text_anchor_every 3"]),
+        (NO_TEXTS | TEXTS | {"same_kl_weight": 1.0}, ["anchor_texts 9"]),  # it reads every context
+        (TEXTS | {"arm": "output-kl"}, []),
+        ({"concepts": ["sad"], "raise_concepts": ["calm"]}, []),
+        ({"concepts": ["sad"], "raise_concepts": ["calm"], "arm": "ablation"}, []),
+        (
+            {"concepts": ["sad"], "raise_concepts": ["calm"], "arm": "inoculation"},
+            ["concepts ['sad']", "raise_concepts ['calm']"],
+        ),
+        (
+            dict.fromkeys([*ANCHORS, "penalty_share"], 0.5) | {"arm": "output-kl", "reply_tokens": 9, "rank": 2},
+            [
+                "anchor_weight 0.5",
+                "concept_kl_weight 0.5",
+                "concept_weight 0.5",
+                "norm_weight 0.5",
+                "penalty_share 0.5",
+                "rank 2",
+                "reply_tokens 9",
+                "side_weight 0.5",
+            ],
+        ),
+        ({"arm": "output-kl", "reply_tokens": 9, "same_kl_weight": 1.0, "max_context_tokens": 90}, []),
+        ({"arm": "output-kl", "contexts_per_step": 2, "tool_weight": 0.1}, ["contexts_per_step 2", "tool_weight 0.1"]),
+        ({"arm": "output-kl", "hinge_reply": "chosen"}, ["hinge_reply 'chosen'"]),
+        ({"penalty_weight": 1.0, "penalty_share": 0.5}, ["penalty_share 0.5"]),
+        ({"penalty": "squared", "ceiling_quantile": 0.3}, ["ceiling_quantile 0.3"]),
+        ({"penalty": "squared", "ceiling_quantile": 0.3, "stop_when_met": True, "logging_steps": 1}, []),
+        ({"ceiling": "prevent", "penalty_weight": 1.0, "ceiling_quantile": 0.3}, ["ceiling_quantile 0.3"]),
+        ({"layers": [2], "arm": "preventative-steering"}, []),  # LoRA ends there
+        ({"refit_turns": 3, "concepts": ["sad"]}, ["refit_turns 3"]),  # they show the concept `desperate`
+        ({"refit_turns": 3, "concepts": ["sad", "desperate"]}, []),
         ({"arm": "ablation", "rank": 2, "anchor_weight": 4.0}, ["anchor_weight 4.0", "rank 2"]),
         ({"penalty": "squared", "corridor": 0.3, "set_point": 2.0}, ["corridor 0.3", "set_point 2.0"]),
         ({"ceiling_margin": 0.5}, ["ceiling_margin 0.5"]),
@@ -234,12 +295,44 @@ def test_only_a_run_without_terms_is_plain(tmp_path, options, plain):
     ],
 )
 def test_what_the_arm_does_not_use_is_named(tmp_path, options, unused):
-    assert sorted(parse(tmp_path, **options).unused()) == unused
+    ignored = [f"{name} 0.0" for name in NO_TEXTS]  # a weight of 0 is no wish
+    assert sorted(set(parse(tmp_path, **options).unused()) - set(ignored)) == unused
 
 
 def test_what_grpo_does_not_use_is_named(tmp_path):
     assert parse(tmp_path, "grpo", reading_use="aux", top_share=0.5, anchor_weight=2.0).unused() == ["top_share 0.5"]
     assert parse(tmp_path, "grpo", top_share=0.5, anchor_weight=2.0).unused() == ["anchor_weight 2.0"]
+    control = {"random": {"random_seed": 3}, "other-emotion": {"other_concept": "sad"}, "shuffled": {}}
+    for arm, options in control.items():  # the reward reads along the control's directions
+        assert parse(tmp_path, "grpo", arm=arm, shuffled_vectors="v", **options).unused() == (
+            [] if arm == "shuffled" else ["shuffled_vectors 'v'"]
+        )
+        assert parse(tmp_path, "grpo", arm=arm, shuffled_vectors="v", auroc_gate=0.5, pairs="p").unused()[-2:] == [
+            "auroc_gate 0.5", "pairs 'p'"
+        ]  # fmt: skip
+    assert parse(tmp_path, "grpo", pairs="p", concepts=["sad"], rank=2).unused() == []
+    assert parse(tmp_path, "grpo", pairs="p", auroc_gate=0.0).unused() == ["pairs 'p'"]
+    assert parse(tmp_path, "grpo", **FILES, max_tasks=2).unused() == ["twins 't'", "neutral 'n'", "stories 's'"]
+    for use in ("aux", "both"):
+        assert parse(tmp_path, "grpo", arm="none", reading_use=use).unused() == [f"reading_use '{use}'"]
+        assert parse(tmp_path, "grpo", arm="hinge-refit", reading_use=use).unused() == []
+
+
+def test_a_reference_that_is_sharded_before_it_is_read_is_refused(tmp_path, monkeypatch):
+    """TRL computes the log-probabilities in an engine, which ZeRO-3 leaves sharded; the plugin is a double."""
+    options, plain = {"precompute_ref_log_probs": True}, DPOConfig.__post_init__
+    for stage, arm, refused in ((3, "none", False), (2, "hinge-refit", False), (3, "hinge-refit", True)):
+
+        def launched(config, stage=stage):
+            plain(config)
+            config.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+
+        monkeypatch.setattr(DPOConfig, "__post_init__", launched)
+        if not refused:
+            parse(tmp_path, arm=arm, **options)
+            continue
+        with pytest.raises(ValueError, match="`precompute_ref_log_probs` shards the model under ZeRO-3 before"):
+            parse(tmp_path, arm=arm, **options)
 
 
 def test_there_are_recipes_and_launcher_files():

@@ -1,91 +1,86 @@
 """Options of calibrated training, beside TRL's own. Each is checked here, because the YAML parser checks no types."""
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
 
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from calibrate.concepts import TARGET
 from calibrate.training import arms, ceilings, losses
 from calibrate.training.arms import Arm
-
-
-def _option(default: Any, text: str) -> Any:
-    """A dataclass field whose help text is its only description."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+from calibrate.training.options import check_choice, check_range, check_types, default, option
 
 
 @dataclass
 class CalibrationConfig:
     """The calibration objective, mixed into TRL's configurations. `arm: none` is TRL's plain trainer."""
 
-    vectors: str = _option("", "Folder or Hub id of the vectors (`calibrate extract`), or `default`.")
-    arm: str = _option("hinge-refit", f"Way of training: {', '.join(Arm)} (recipes/README.md says what each does).")
-    concepts: list[str] = _option([TARGET], "Concepts whose readings are lowered.")
-    raise_concepts: list[str] = _option([], "Concepts whose readings are raised, such as calm.")
-    levels: dict[str, float] = _option({}, "YAML only: concept -> its own ceiling (floor, where it is raised), sigma.")
-    layers: list[int] | None = _option(None, "Layers to read, counted from 0. Default: the band of the vectors.")
-    rank: int = _option(1, f"Directions for each concept: itself and its nearest neighbours; at most {arms.MAX_RANK}.")
-    penalty: str = _option("hinge", f"Shape of the penalty: {', '.join(losses.SHAPES)}.")
-    penalty_share: float = _option(
-        0.3, "Norm of the penalty's gradient over the task's, on the trained parameters at the first step."
+    vectors: str = option("", "Folder or Hub id of the vectors (`calibrate extract`), or `default`.")
+    arm: str = option("hinge-refit", f"Way of training: {', '.join(Arm)} (recipes/README.md says what each does).")
+    concepts: list[str] = option([TARGET], "Concepts whose readings are lowered.")
+    raise_concepts: list[str] = option([], "Concepts whose readings are raised, such as calm.")
+    levels: dict[str, float] = option({}, "YAML only: concept -> its own ceiling (floor, where it is raised), sigma.")
+    layers: list[int] | None = option(None, "Layers to read, counted from 0. Default: the band of the vectors.")
+    rank: int = option(1, f"Directions for each concept: itself and its nearest neighbours; at most {arms.MAX_RANK}.")
+    penalty: str = option("hinge", f"Shape of the penalty: {', '.join(losses.SHAPES)}.")
+    penalty_share: float = option(
+        0.3,
+        "Norm of the penalty's gradient over the task's, on the trained parameters at the first step. Each is a mean "
+        "of norms, not the norm of a mean: over processes, and the penalty's over four batches of contexts on each.",
     )
-    penalty_weight: float | None = _option(None, "Fixed weight of the penalty; set it to override `penalty_share`.")
-    penalty_warmup_steps: int = _option(2, "Optimiser steps over which the penalty is warmed up.")
-    huber_delta: float = _option(1.0, "Knee of the Huber hinge, sigma.")
-    set_point: float = _option(1.0, "`penalty: set-point` draws readings so many sigma below the reference's.")
-    ceiling: str = _option("reduce", f"What the ceiling is: {', '.join(ceilings.MODES)}.")
-    ceiling_quantile: float = _option(0.5, "`reduce`: quantile of the reference's readings on passing twins.")
-    ceiling_margin: float = _option(0.0, "`prevent`: sigma above the reference's reading of the same token.")
-    corridor: float = _option(1.0, "Sigma below the ceiling at which the hinge pays again (a floor).")
-    stop_when_met: bool = _option(
+    penalty_weight: float | None = option(None, "Fixed weight of the penalty; set it to override `penalty_share`.")
+    penalty_warmup_steps: int = option(2, "Optimiser steps over which the penalty is warmed up.")
+    huber_delta: float = option(1.0, "Knee of the Huber hinge, sigma.")
+    set_point: float = option(1.0, "`penalty: set-point` draws readings so many sigma below the reference's.")
+    ceiling: str = option("reduce", f"What the ceiling is: {', '.join(ceilings.MODES)}.")
+    ceiling_quantile: float = option(0.5, "`reduce`: quantile of the reference's readings on passing twins.")
+    ceiling_margin: float = option(0.0, "`prevent`: sigma above the reference's reading of the same token.")
+    corridor: float = option(1.0, "Sigma below the ceiling at which the hinge pays again (a floor).")
+    stop_when_met: bool = option(
         False, "End the run when the mean reading of the last 8 steps is at or below the ceiling."
     )
-    header_weight: float = _option(1.0, "Weight of the turn header in the reading terms.")
-    reply_weight: float = _option(1.0, "Weight of the reply tokens in the reading terms.")
-    tool_weight: float = _option(
+    header_weight: float = option(1.0, "Weight of the turn header in the reading terms.")
+    reply_weight: float = option(1.0, "Weight of the reply tokens in the reading terms.")
+    tool_weight: float = option(
         0.0, "Weight of the last tool result, 0 to 0.25: it carries the perception of failure."
     )
-    reply_tokens: int = _option(64, "Reply tokens that are read, from the first.")
-    contexts_per_step: int = _option(1, "Failing contexts, and as many twins, per micro-step.")
-    max_context_tokens: int | None = _option(
+    reply_tokens: int = option(64, "Reply tokens that are read, from the first.")
+    contexts_per_step: int = option(1, "Failing contexts, and as many twins, per micro-step.")
+    max_context_tokens: int | None = option(
         None, "Leave out contexts that, with their reply, have more tokens than that: they cost memory and time."
     )
-    anchor_weight: float = _option(1.0, "Weight of the squared change of readings on passing twins.")
-    side_weight: float = _option(0.01, "Weight of the squared change of the other emotions on failing contexts.")
-    norm_weight: float = _option(1.0, "Weight of the guard on residual norms beyond 0.9 to 1.1 of the reference's.")
-    kl_weight: float = _option(1.0, "Weight of KL(reference || tuned) on neutral texts, nats per token.")
-    concept_weight: float = _option(1.0, "Weight of the relative change of hidden states on emotion stories.")
-    concept_kl_weight: float = _option(1.0, "Weight of KL(reference || tuned) on emotion stories, nats per token.")
-    same_kl_weight: float = _option(0.0, "Ablation: weight of the KL on the pressed contexts' own replies.")
-    text_anchor_every: int = _option(2, "A text anchor runs at every so many micro-steps (the first included).")
-    anchor_texts: int = _option(48, "Texts of each kind of text anchor, each in turn.")
-    refit_every: int = _option(10, "Optimiser steps between refits, in the arms that refit.")
-    refit_stories: int = _option(6, "Stories about each target in a refit; three times as many about others.")
-    refit_turns: int = _option(6, "Failing contexts in a refit, each with a desperate and a composed opening.")
-    shuffled_vectors: str = _option("", "`arm: shuffled`: folder of `calibrate extract --recipes shuffled`.")
-    other_concept: str = _option("nostalgic", "`arm: other-emotion`: the emotion that is pressed instead.")
-    steer_dose: float = _option(0.05, "`arm: preventative-steering`: share of the residual norm that is added.")
-    random_seed: int = _option(0, "`arm: random`: which draw.")
-    adapt_above_band: bool = _option(False, "Let LoRA adapt blocks above the band too; they could undo the penalty.")
-    twins: str | None = _option(None, "JSONL of failing and passing contexts. Default: the shipped ones.")
-    pairs: str | None = _option(None, "JSONL of preference pairs. Default: the shipped ones.")
-    neutral: str | None = _option(None, "JSONL of neutral dialogues. Default: the shipped ones.")
-    stories: str | None = _option(None, "JSONL of emotion stories. Default: the shipped ones.")
-    max_tasks: int | None = _option(None, "Train on so many evenly spaced tasks. Default: all.")
-    max_pairs: int | None = _option(None, "Train on so many evenly spaced pairs. Default: all.")
-    dry_run: bool = _option(False, "Recipes: print what the run would take, from a few real steps, and train nothing.")
+    anchor_weight: float = option(1.0, "Weight of the squared change of readings on passing twins.")
+    side_weight: float = option(0.01, "Weight of the squared change of the other emotions on failing contexts.")
+    norm_weight: float = option(1.0, "Weight of the guard on residual norms beyond 0.9 to 1.1 of the reference's.")
+    kl_weight: float = option(1.0, "Weight of KL(reference || tuned) on neutral texts, nats per token.")
+    concept_weight: float = option(1.0, "Weight of the relative change of hidden states on emotion stories.")
+    concept_kl_weight: float = option(1.0, "Weight of KL(reference || tuned) on emotion stories, nats per token.")
+    same_kl_weight: float = option(0.0, "Ablation: weight of the KL on the pressed contexts' own replies.")
+    text_anchor_every: int = option(2, "A text anchor runs at every so many micro-steps (the first included).")
+    anchor_texts: int = option(48, "Texts of each kind of text anchor, each in turn.")
+    refit_every: int = option(10, "Optimiser steps between refits, in the arms that refit.")
+    refit_stories: int = option(6, "Stories about each target in a refit; three times as many about others.")
+    refit_turns: int = option(6, "Failing contexts in a refit, each with a desperate and a composed opening.")
+    shuffled_vectors: str = option("", "`arm: shuffled`: folder of `calibrate extract --recipes shuffled`.")
+    other_concept: str = option("nostalgic", "`arm: other-emotion`: the emotion that is pressed instead.")
+    steer_dose: float = option(0.05, "`arm: preventative-steering`: share of the residual norm that is added.")
+    random_seed: int = option(0, "`arm: random`: which draw.")
+    adapt_above_band: bool = option(False, "Let LoRA adapt blocks above the band too; they could undo the penalty.")
+    twins: str | None = option(None, "JSONL of failing and passing contexts. Default: the shipped ones.")
+    pairs: str | None = option(None, "JSONL of preference pairs. Default: the shipped ones.")
+    neutral: str | None = option(None, "JSONL of neutral dialogues. Default: the shipped ones.")
+    stories: str | None = option(None, "JSONL of emotion stories. Default: the shipped ones.")
+    max_tasks: int | None = option(None, "Train on so many evenly spaced tasks. Default: all.")
+    max_pairs: int | None = option(None, "Train on so many evenly spaced pairs. Default: all.")
+    dry_run: bool = option(False, "Recipes: print what the run would take, from a few real steps, and train nothing.")
 
     def __post_init__(self):
-        _check_types(self)
+        check_types(self, CalibrationConfig, type(self))
         if not self.vectors:
             raise ValueError("`vectors` is not set; give the folder that `calibrate extract` wrote, or `default`")
-        _check_choice(self, "arm", list(Arm))
-        _check_choice(self, "penalty", list(losses.SHAPES))
-        _check_choice(self, "ceiling", ceilings.MODES)
+        check_choice(self, "arm", list(Arm))
+        check_choice(self, "penalty", list(losses.SHAPES))
+        check_choice(self, "ceiling", ceilings.MODES)
         self._check_concepts()
         if not 0 <= self.ceiling_quantile <= 1:
             raise ValueError(f"`ceiling_quantile` is {self.ceiling_quantile}; allowed: 0 to 1")
@@ -93,17 +88,17 @@ class CalibrationConfig:
             raise ValueError(f"`tool_weight` is {self.tool_weight}; allowed: 0 to 0.25")
         if not 1 <= self.rank <= arms.MAX_RANK:
             raise ValueError(f"`rank` is {self.rank}; allowed: 1 to {arms.MAX_RANK}")
-        _check_range(self, _AT_LEAST_ONE, "1 or more", lambda value: value >= 1)
-        _check_range(self, _ABOVE_ZERO, "above 0", lambda value: value > 0)
-        _check_range(self, _NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
+        check_range(self, _AT_LEAST_ONE, "1 or more", lambda value: value >= 1)
+        check_range(self, _ABOVE_ZERO, "above 0", lambda value: value > 0)
+        check_range(self, _NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
         self._check_together()
         super().__post_init__()  # ty: ignore[missing-attribute]  # TRL's, which stands after this class
 
     def _check_concepts(self) -> None:
-        for option in ("concepts", "layers", "raise_concepts"):
-            value = getattr(self, option)
-            if value is not None and ((not value and option != "raise_concepts") or len(set(value)) < len(value)):
-                raise ValueError(f"`{option}` is {value}; allowed: at least one, each once")
+        for name in ("concepts", "layers", "raise_concepts"):
+            value = getattr(self, name)
+            if value is not None and ((not value and name != "raise_concepts") or len(set(value)) < len(value)):
+                raise ValueError(f"`{name}` is {value}; allowed: at least one, each once")
         if both := sorted(set(self.concepts) & set(self.raise_concepts)):
             raise ValueError(f"`concepts` and `raise_concepts` both hold {', '.join(both)}; allowed: one of them")
         targets = [*self.concepts, *self.raise_concepts]
@@ -127,10 +122,21 @@ class CalibrationConfig:
             raise ValueError(f"`ceiling: {self.ceiling}` is of the hinge; `penalty: {self.penalty}` has no ceiling")
         if self.levels and (self.ceiling != "reduce" or self.arm in arms.CONTROLS):
             raise ValueError("`levels` are ceilings of the targets in mode `reduce`; remove them, or the other option")
+        if self.stop_when_met and self.arm in arms.HINGED and self.is_plain():
+            raise ValueError(
+                "`stop_when_met` waits for readings of the loss's own contexts, but nothing is added to the loss "
+                "(`reading_use: reward`, or every weight is 0); set it to false"
+            )
         if self.stop_when_met and (self.ceiling == "prevent" or self.arm not in arms.HINGED):
             raise ValueError(
                 f"`stop_when_met` waits for a ceiling that is above nothing at the start; `arm: {self.arm}` with "
                 f"`ceiling: {self.ceiling}` has none"
+            )
+        logged = (self.logging_strategy, self.logging_steps)  # ty: ignore[missing-attribute]  # TRL's
+        if self.stop_when_met and logged != ("steps", 1):
+            raise ValueError(
+                "`stop_when_met` needs `logging_steps: 1` and `logging_strategy: steps`: a resumed run takes its last "
+                "steps from the log"
             )
         if self.penalty in ("change",) and self.penalty_weight is None and self.arm in arms.HINGED:
             raise ValueError(
@@ -153,27 +159,55 @@ class CalibrationConfig:
         return {name: getattr(self, f"{name}_weight") for name in names}
 
     def unused(self) -> list[str]:
-        """Options of this class that differ from their defaults and that the arm does not use, with their values."""
-        arm, pressed = self.arm, self.arm in arms.HINGED
-        hinge = pressed and self.penalty == "hinge"
+        """Options that differ from their defaults and that the arm does not use, with their values."""
+        defaults = {found.name: default(found) for found in fields(self)}
+        set_here = {name: getattr(self, name) for name, uses in self._uses().items() if not uses}
+        return [f"{name} {value!r}" for name, value in set_here.items() if value != defaults[name]]
+
+    def _uses(self) -> dict[str, bool]:
+        """Whether an option has any effect, for those that not every arm uses (`layers`: LoRA ends there in all)."""
+        arm, terms = self.arm, not self.is_plain()
+        presses = terms and arm != Arm.OUTPUT_KL  # contexts are read
+        pressed = terms and arm in arms.HINGED
+        hinge, prevent = pressed and self.penalty == "hinge", self.ceiling == "prevent"
+        refits = terms and arm in arms.REFITTED
+        story_anchor = presses and self.concept_weight + self.concept_kl_weight > 0
+        texts = terms and (self.kl_weight + self.same_kl_weight > 0 or story_anchor)
+        directed = self.uses_vectors() and arm != Arm.OUTPUT_KL
         used = {
-            "shuffled_vectors": arm == Arm.SHUFFLED,
-            "other_concept": arm == Arm.OTHER,
-            "random_seed": arm == Arm.RANDOM,
+            "shuffled_vectors": arm == Arm.SHUFFLED and directed,
+            "other_concept": arm == Arm.OTHER and directed,
+            "random_seed": arm == Arm.RANDOM and directed,
             "steer_dose": arm == Arm.STEER,
+            "rank": directed and arm not in arms.STEERED,
+            "penalty": pressed,
             "set_point": pressed and self.penalty == "set-point",
             "ceiling_margin": hinge and self.ceiling != "reduce",
-            "rank": arm not in arms.STEERED,
-            "layers": arm != Arm.STEER,
+            "penalty_share": presses and self.penalty_weight is None,
+            "refit_turns": refits and TARGET in (*self.concepts, *self.raise_concepts),
+            "reply_tokens": presses or (texts and self.same_kl_weight > 0),
+            "max_context_tokens": terms,
+            "text_anchor_every": texts,
+            "anchor_texts": texts and (self.kl_weight > 0 or story_anchor),
+            "twins": terms or self.max_tasks is not None,  # which tasks' pairs are left out follows from them
+            "neutral": terms and self.kl_weight > 0,
+            "stories": story_anchor or refits,
         }
-        used |= dict.fromkeys(("refit_every", "refit_stories", "refit_turns"), arm in arms.REFITTED)
-        used |= dict.fromkeys(("ceiling", "ceiling_quantile", "corridor", "huber_delta", "levels"), hinge)
-        used |= {"penalty": pressed}
-        if self.is_plain():
-            used |= dict.fromkeys([*_LOSS_OPTIONS, *used.keys() - {"steer_dose", "rank", "layers"}], False)
-        options = {option.name: option for option in fields(CalibrationConfig)}
-        set_here = {name: getattr(self, name) for name, uses in used.items() if not uses}
-        return [f"{name} {value!r}" for name, value in set_here.items() if value != _default(options[name])]
+        used |= dict.fromkeys(("concepts", "raise_concepts"), directed)
+        used |= dict.fromkeys(("refit_every", "refit_stories"), refits)
+        used |= dict.fromkeys(("ceiling", "corridor", "huber_delta"), hinge)
+        used |= dict.fromkeys(("ceiling_quantile", "levels"), (hinge and not prevent) or self.stop_when_met)
+        used |= dict.fromkeys(("kl_weight", "same_kl_weight"), terms)
+        return used | dict.fromkeys(_CONTEXT_OPTIONS, presses)
+
+    def uses_vectors(self) -> bool:
+        """True where readings or directions enter the run, so that model and vectors must fit each other."""
+        return not self.is_plain() or self.arm in arms.STEERED
+
+    def measures_share(self) -> bool:
+        """True where `penalty_share` sets the penalty's weight, from gradients at the first step."""
+        weighs = self.penalty_weight is None and self.penalty_share > 0
+        return weighs and not self.is_plain() and self.arm != Arm.OUTPUT_KL
 
     def is_plain(self) -> bool:
         """True where no term would be added, so that the loss is exactly TRL's."""
@@ -187,20 +221,25 @@ class CalibrationConfig:
 class CalibratedDPOConfig(CalibrationConfig, DPOConfig):
     """Preference tuning with the calibration objective."""
 
-    hinge_reply: str = _option(
+    hinge_reply: str = option(
         "opening",
         "Recipes: a failing context's reply. `opening`: the same as its passing twin's, so that they differ by "
         "the outcome alone; `chosen`: the chosen reply of its pair. Never the rejected one.",
     )
 
     def __post_init__(self):
-        _check_choice(self, "hinge_reply", ("opening", "chosen"))
+        check_choice(self, "hinge_reply", ("opening", "chosen"))
         super().__post_init__()
+        plugin = self.deepspeed_plugin
+        if plugin and plugin.zero_stage == 3 and self.precompute_ref_log_probs and not self.is_plain():
+            raise ValueError(
+                "`precompute_ref_log_probs` shards the model under ZeRO-3 before the reference's readings are taken; "
+                "set it to false"
+            )
 
-    def unused(self) -> list[str]:
-        """Without reading terms, the reply that they would read too."""
-        extra = [f"hinge_reply {self.hinge_reply!r}"] if self.is_plain() and self.hinge_reply != "opening" else []
-        return super().unused() + extra
+    def _uses(self) -> dict[str, bool]:
+        used = super()._uses()
+        return used | {"hinge_reply": used["reply_tokens"]}
 
 
 @dataclass
@@ -217,29 +256,23 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
     that hides the state.
     """
 
-    arm: str = _option("hinge-frozen", "Way of training; with `reading_use: reward` directions cannot be refitted.")
-    reading_use: str = _option(
-        "reward", "Where readings enter: `reward` (no gradient), `aux` (the penalty) or `both`."
-    )
-    reading_reward: float = _option(
-        0.5, "Reward that is taken off for each standard deviation above the group's mean."
-    )
-    reading_by: str = _option("reference", "Who reads completions: `reference` (cannot be moved) or `policy`.")
-    top_share: float = _option(0.1, "Share of a completion's tokens, the highest, whose mean is its reading.")
-    group_sd_floor: float = _option(0.1, "Least standard deviation of a group's readings, sigma.")
-    repairs: str | None = _option(None, "JSONL of tasks whose tests run on a reply's code. Default: the shipped ones.")
-    auroc_gate: float = _option(
-        0.7, "Least AUROC of the reading on shipped gaming against honest replies; 0: no gate."
-    )
+    arm: str = option("hinge-frozen", "Way of training; with `reading_use: reward` directions cannot be refitted.")
+    reading_use: str = option("reward", "Where readings enter: `reward` (no gradient), `aux` (the penalty) or `both`.")
+    reading_reward: float = option(0.5, "Reward that is taken off for each standard deviation above the group's mean.")
+    reading_by: str = option("reference", "Who reads completions: `reference` (cannot be moved) or `policy`.")
+    top_share: float = option(0.1, "Share of a completion's tokens, the highest, whose mean is its reading.")
+    group_sd_floor: float = option(0.1, "Least standard deviation of a group's readings, sigma.")
+    repairs: str | None = option(None, "JSONL of tasks whose tests run on a reply's code. Default: the shipped ones.")
+    auroc_gate: float = option(0.7, "Least AUROC of the reading on shipped gaming against honest replies; 0: no gate.")
 
     def __post_init__(self):
-        _check_types(self)
-        _check_choice(self, "reading_use", ("reward", "aux", "both"))
-        _check_choice(self, "reading_by", ("reference", "policy"))
-        _check_range(self, ("reading_reward", "top_share", "group_sd_floor"), "above 0", lambda value: value > 0)
-        for option in ("top_share", "auroc_gate"):
-            if not 0 <= getattr(self, option) <= 1:
-                raise ValueError(f"`{option}` is {getattr(self, option)}; allowed: 0 to 1")
+        check_types(self, CalibrationConfig, type(self))
+        check_choice(self, "reading_use", ("reward", "aux", "both"))
+        check_choice(self, "reading_by", ("reference", "policy"))
+        check_range(self, ("reading_reward", "top_share", "group_sd_floor"), "above 0", lambda value: value > 0)
+        for name in ("top_share", "auroc_gate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: 0 to 1")
         if self.arm == Arm.CALM_DPO or self.arm in arms.STEERED:
             raise ValueError(f"`arm: {self.arm}` is a way of preference tuning; use it with recipes/dpo.py")
         if self.max_pairs is not None:
@@ -249,29 +282,37 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
                 f"`arm: {self.arm}` works through the loss, to which `reading_use: reward` adds nothing; set "
                 "`reading_use: aux`, or `arm: hinge-frozen`"
             )
+        if self.reading_use == "both" and self.arm in {Arm.CONSISTENCY, Arm.OUTPUT_KL}:
+            raise ValueError(
+                f"`arm: {self.arm}` presses no direction that the reward of `reading_use: both` could read; set "
+                "`reading_use: aux`"
+            )
         super().__post_init__()
 
-    def unused(self) -> list[str]:
-        """Where readings do not enter the reward, its options too."""
-        names = ("reading_reward", "reading_by", "top_share", "group_sd_floor", "auroc_gate")
-        own = [option for option in fields(CalibratedGRPOConfig) if option.name in names]
-        changed = [option for option in own if getattr(self, option.name) != _default(option)]
-        extra = changed if self.reading_use == "aux" or self.arm not in arms.HINGED else []
-        return super().unused() + [f"{option.name} {getattr(self, option.name)!r}" for option in extra]
+    def in_reward(self) -> bool:
+        """Whether readings enter the reward: along the targets' directions, or a control's."""
+        return self.reading_use != "aux" and self.arm in arms.HINGED
+
+    def _uses(self) -> dict[str, bool]:
+        """Where readings do not enter the reward, its options too; GRPO has pairs for its gate alone."""
+        reward, control = self.in_reward(), self.arm in arms.CONTROLS
+        gate = reward and not control
+        used = super()._uses() | dict.fromkeys(("reading_reward", "reading_by", "top_share", "group_sd_floor"), reward)
+        used |= {"auroc_gate": gate, "pairs": gate and self.auroc_gate > 0, "twins": not self.is_plain()}
+        return used | {"reading_use": reward or not self.is_plain()}
+
+    def uses_vectors(self) -> bool:
+        """With readings in the reward alone, too."""
+        return self.in_reward() or super().uses_vectors()
 
     def is_plain(self) -> bool:
         """In use `reward` nothing is added to the loss."""
         return self.reading_use == "reward" or super().is_plain()
 
 
-_LOSS_OPTIONS = ("penalty_share", "penalty_weight", "penalty_warmup_steps", "contexts_per_step", "anchor_weight")
-_LOSS_OPTIONS += ("side_weight", "norm_weight", "kl_weight", "concept_weight", "concept_kl_weight", "same_kl_weight")
-_LOSS_OPTIONS += ("text_anchor_every", "anchor_texts", "max_context_tokens", "reply_tokens", "header_weight")
-_LOSS_OPTIONS += ("reply_weight", "tool_weight")
-
-
-def _default(option: Field) -> object:
-    return option.default if option.default_factory is MISSING else option.default_factory()
+_CONTEXT_OPTIONS = ("penalty_weight", "penalty_warmup_steps", "contexts_per_step", "anchor_weight", "side_weight")
+_CONTEXT_OPTIONS += ("norm_weight", "concept_weight", "concept_kl_weight", "header_weight", "reply_weight")
+_CONTEXT_OPTIONS += ("tool_weight",)
 
 
 _AT_LEAST_ONE = ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts")
@@ -280,45 +321,3 @@ _ABOVE_ZERO = ("huber_delta", "header_weight", "reply_weight")
 _NOT_NEGATIVE = ("penalty_share", "penalty_weight", "anchor_weight", "side_weight", "norm_weight", "kl_weight")
 _NOT_NEGATIVE += ("concept_weight", "concept_kl_weight", "same_kl_weight", "corridor", "penalty_warmup_steps")
 _NOT_NEGATIVE += ("ceiling_margin", "refit_turns", "steer_dose", "set_point")
-
-
-def _check_range(config: Any, options: tuple[str, ...], allowed: str, holds) -> None:
-    for option in options:
-        value = getattr(config, option)
-        if value is not None and not (holds(value) and math.isfinite(value)):
-            raise ValueError(f"`{option}` is {value}; allowed: {allowed}")
-
-
-def _check_choice(config: Any, option: str, allowed) -> None:
-    if getattr(config, option) not in allowed:
-        raise ValueError(f"`{option}` is {getattr(config, option)!r}; allowed: {', '.join(allowed)}")
-
-
-def _check_types(config: Any) -> None:
-    """Raises ValueError where a value from YAML is not of its option's type (a bare `2e-4` is a string to YAML)."""
-    for owner in (CalibrationConfig, type(config)):
-        hints = get_type_hints(owner)
-        for option in (f.name for f in fields(config) if f.name in owner.__annotations__):
-            _check_type(option, getattr(config, option), hints[option])
-
-
-def _check_type(option: str, value: object, hint: Any) -> None:
-    allowed = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if any(_is(value, kind) for kind in allowed):
-        return
-    names = " or ".join(
-        "nothing" if k is type(None) else getattr(k, "__name__", str(k)) if not get_args(k) else str(k)
-        for k in allowed
-    )
-    raise ValueError(f"`{option}` is {value!r} ({type(value).__name__}); allowed: {names}")
-
-
-def _is(value: object, kind: Any) -> bool:
-    if kind is type(None):
-        return value is None
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(entry, get_args(kind)[0]) for entry in value)
-    if get_origin(kind) is dict:
-        key, item = get_args(kind)
-        return isinstance(value, dict) and all(_is(k, key) and _is(v, item) for k, v in value.items())
-    return type(value) is kind or (kind is float and type(value) is int)
