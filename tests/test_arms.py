@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainers import NO_ANCHORS, make, train, weights  # noqa: F401  (`make` is a fixture)
+from test_trainers import NO_ANCHORS, make, shuffled_vectors, train, weights  # noqa: F401  (two are fixtures)
 
 from calibrate import steering
 from calibrate.corpora import Pair
@@ -21,8 +21,8 @@ def test_every_arm_is_described():
 
 
 @pytest.mark.parametrize("arm", sorted(Arm))
-def test_two_steps_of_every_arm(make, arm, tiny_vectors):  # noqa: F811
-    options = {"shuffled_vectors": str(tiny_vectors)} if arm == Arm.SHUFFLED else {}
+def test_two_steps_of_every_arm(make, arm, shuffled_vectors):  # noqa: F811
+    options = {"shuffled_vectors": shuffled_vectors} if arm == Arm.SHUFFLED else {}
     options |= {"other_concept": "guilty"} if arm == Arm.OTHER else {}
     trainer = make(
         arm=str(arm), refit_every=1, refit_stories=2, refit_turns=2, text_anchor_every=1, max_steps=2, **options
@@ -36,10 +36,11 @@ def test_two_steps_of_every_arm(make, arm, tiny_vectors):  # noqa: F811
     assert ("refit/cosine_to_start" in logged[1]) == (arm in arms.REFITTED)
 
 
-def test_a_control_starts_with_the_real_arms_hinge_and_share(make, tmp_path, tiny_vectors):  # noqa: F811
+@pytest.mark.parametrize("ceiling", ["reduce", "both"])
+def test_a_control_starts_with_the_real_arms_hinge_and_share(make, tmp_path, shuffled_vectors, ceiling):  # noqa: F811
     found = {}
     for arm in (Arm.HINGE_FROZEN, Arm.RANDOM, Arm.SHUFFLED, Arm.OTHER):
-        options = {"shuffled_vectors": str(tiny_vectors), "other_concept": "guilty", "concepts": ["desperate"]}
+        options = {"shuffled_vectors": shuffled_vectors, "other_concept": "guilty", "ceiling": ceiling}
         first = train(make(str(arm), arm=str(arm), contexts_per_step=4, max_steps=1, **options))[0]
         state = json.loads((tmp_path / arm / "calibration" / "state.json").read_text())
         directions = load_file(tmp_path / arm / "calibration" / "tensors.safetensors")["directions"]
@@ -48,8 +49,19 @@ def test_a_control_starts_with_the_real_arms_hinge_and_share(make, tmp_path, tin
     hinges = [hinge for hinge, _ in found.values()]
     assert max(hinges) == min(hinges) > 0
     real = found[Arm.HINGE_FROZEN][1]
-    for arm in (Arm.RANDOM, Arm.OTHER):
+    for arm in (Arm.RANDOM, Arm.SHUFFLED, Arm.OTHER):
         assert (found[arm][1] * real).sum(-1).abs().max() < 0.99
+
+
+def test_only_shuffled_vectors_of_this_model_are_that_control(make, shuffled_vectors, tmp_path, tiny_vectors):  # noqa: F811
+    other = load_vectors(shuffled_vectors)
+    other.weight_hash = "another"
+    other.save(tmp_path / "other")
+    for folder, found in ((tiny_vectors, "None"), (tmp_path / "other", r"'shuffled' and .*weights another")):
+        with pytest.raises(
+            ValueError, match=rf"`shuffled_vectors` .* are of recipe {found}.*`calibrate extract --rec"
+        ):
+            make(arm="shuffled", shuffled_vectors=str(folder))
 
 
 def test_draws_of_the_random_arm_differ(make, tmp_path):  # noqa: F811

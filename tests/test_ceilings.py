@@ -1,7 +1,11 @@
 """Unit states, readings, the cached reference, and the ceilings made of it."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from calibrate import activations, corpora
@@ -20,6 +24,25 @@ def with_neutral(vectors, **centre_and_sigma):
         states[:, :, 0] = torch.tensor([centre - sigma, centre, centre + sigma])[:, None]
         vectors.register_buffer(f"neutral_{pooling}", states)
     return vectors
+
+
+@pytest.mark.parametrize(
+    ("mixed", "kind", "inside"),
+    [
+        ("bf16", DistributedType.FSDP, torch.bfloat16),
+        ("bf16", DistributedType.DEEPSPEED, torch.bfloat16),
+        ("fp16", DistributedType.DEEPSPEED, torch.float16),
+        ("no", DistributedType.FSDP, torch.float32),
+        ("bf16", DistributedType.MULTI_GPU, torch.float32),  # autocast alone
+    ],
+)
+def test_the_reference_has_the_precision_of_training(tiny, mixed, kind, inside):
+    accelerator = SimpleNamespace(mixed_precision=mixed, distributed_type=kind, autocast=contextlib.nullcontext)
+    before = {name: part.clone() for name, part in tiny.model.state_dict().items()}
+    with readings.as_trained(accelerator, tiny.model):
+        assert {part.dtype for part in tiny.model.parameters()} == {inside}
+        assert {part.dtype for part in tiny.model.buffers()} == {torch.float32}
+    assert all(torch.equal(part, before[name]) for name, part in tiny.model.state_dict().items())
 
 
 def test_reader_by_hand(planted):

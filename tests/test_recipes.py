@@ -1,5 +1,6 @@
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,11 @@ def test_a_refused_option_is_one_line_of_a_failing_command(tiny_folder, tiny_vec
             {"lora_dropout": 0.1},
             "error: `lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0",
         ),
+        (
+            "dpo",
+            {"model_name_or_path": "./bare"},
+            r"has no chat template.*are those of `calibrate`; recipes have none",
+        ),
         ("dpo", {"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
         ("dpo", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
         ("sft", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
@@ -104,6 +110,7 @@ def test_a_mistake_is_one_line(tiny_folder, tiny_vectors, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     Path("broken.yaml").write_text("layers: [1, 2\n")
     Path("unknown.yaml").write_text("hinge_wieght: 0.3\nuse_cpu: true\n")
+    shutil.copytree(tiny_folder, "bare", ignore=shutil.ignore_patterns("chat_template*"))
     script = str(recipe(kind))
     monkeypatch.setattr(sys, "argv", [script, *arguments(kind, tiny_folder, tiny_vectors, "run", change)])
     with pytest.raises(SystemExit, match=message) as caught:

@@ -1,6 +1,7 @@
 """Directions that follow the model: on planted states without a language model, and in a run that is broken off."""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -383,6 +384,29 @@ def test_every_target_has_stories_and_desperate_turns_too(tokenizer):
         for sources, concept in zip(found, ("desperate", "sad", "calm"), strict=True):
             assert all(text.startswith(concept) for text in told(tokenizer, sources[0].above))
     assert [len(sources) for sources in refit.sources_of(tokenizer, args, rows, [failing(1)])] == [1, 1, 1]
+
+
+def test_a_refit_without_in_domain_turns_says_so_once(tokenizer, caplog):
+    """Imported transcripts have no `felt`; a target other than `desperate` has no turns that show it."""
+    caplog.set_level("INFO", "calibrate")
+    args = SimpleNamespace(concepts=["desperate"], raise_concepts=[], refit_stories=2, refit_turns=6, seed=0)
+    refit.sources_of(tokenizer, args, BALANCED, [failing(1, **BOTH), failing(2)])
+    assert not caplog.records
+    for concepts, contexts, missing in (
+        (["desperate", "calm"], [failing(1)], r"no failing context has both openings .* in `felt`; give them in `twi"),
+        (["sad", "calm"], [failing(1, **BOTH)], "none of the targets sad, calm is 'desperate', which they show"),
+    ):
+        args.concepts = concepts
+        refit.sources_of(tokenizer, args, BALANCED, contexts)
+        (record,) = caplog.records
+        assert record.levelname == "INFO"
+        assert re.match(
+            f"directions are refitted from stories alone, without in-domain turns: {missing}", record.message
+        )
+        caplog.clear()
+    args.refit_turns = 0  # as the user wants it
+    refit.sources_of(tokenizer, args, BALANCED, [failing(1)])
+    assert not caplog.records
 
 
 # ---- a run

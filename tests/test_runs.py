@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from calibrate import corpora
@@ -55,6 +56,43 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, section, name, valu
     setattr(model if section == "model" else training, name, value)
     with pytest.raises(ValueError, match=f"`{name}` is .*which this recipe does not use"):
         runs.refuse_unused(training, model)
+
+
+def test_a_checkpoint_without_its_optimiser_is_refused(tmp_path):
+    options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    with pytest.raises(ValueError, match=r"`save_only_model` is True, but this recipe resumes by itself.*; remove it"):
+        runs.refuse_unused(CalibratedDPOConfig(**options, save_only_model=True), ModelConfig(use_peft=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_r": 4}, {"lora_dropout": 0.0}, {"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": "x"}],
+)
+def test_options_of_lora_without_lora_are_refused(tmp_path, change):
+    options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    runs.refuse_unused(CalibratedDPOConfig(**options, adapt_above_band=True), ModelConfig(use_peft=True, **change))
+    runs.refuse_unused(CalibratedDPOConfig(**options), ModelConfig())
+    for config, model, name in (
+        (CalibratedDPOConfig(**options), ModelConfig(**change), next(iter(change))),
+        (CalibratedDPOConfig(**options, adapt_above_band=True), ModelConfig(), "adapt_above_band"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` is .*, which is of LoRA; set `use_peft: true`, or remove it"):
+            runs.refuse_unused(config, model)
+
+
+def test_parameters_that_lora_would_adapt_in_every_block_are_refused(tiny, tiny_vectors, tmp_path):
+    """PEFT looks for them by name alone, wherever `layers_to_transform` ends."""
+    wanted = {"target_parameters": ["mlp.up_proj.weight"], "target_modules": [], "layers_to_transform": [0, 1, 2]}
+    escaped = get_peft_model(tiny.model, LoraConfig(**wanted))
+    assert any("layers.4." in name for name, part in escaped.named_parameters() if part.requires_grad)
+    args = CalibratedDPOConfig(vectors=str(tiny_vectors), output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    lora = LoraConfig(**wanted | {"layers_to_transform": None})
+    with pytest.raises(
+        ValueError, match=r"`lora_target_parameters` is .*adapts above the band too; use `lora_target_m"
+    ):
+        runs.keep_below_band(lora, args)
+    args.adapt_above_band = True
+    runs.keep_below_band(lora, args)
 
 
 def test_the_hinge_may_read_the_chosen_reply_never_the_rejected():

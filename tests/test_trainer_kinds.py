@@ -6,7 +6,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_trainers import NO_ANCHORS, PAIRS, TEXTS, TRL, TWINS, assert_same_weights, train, weights
+from test_trainers import (  # noqa: F401  (`shuffled_vectors` is a fixture)
+    NO_ANCHORS,
+    PAIRS,
+    TEXTS,
+    TRL,
+    TWINS,
+    Killed,
+    assert_same_weights,
+    shuffled_vectors,
+    train,
+    weights,
+)
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from calibrate import corpora, models
@@ -46,7 +58,7 @@ def make(tiny_folder, tiny_vectors, tmp_path):
         config = CalibratedGRPOConfig if grpo else CalibratedSFTConfig
         args = config(**{"vectors": str(tiny_vectors)} | options)
         runs.keep_below_band(shared["peft_config"], args)
-        data = Data(TWINS, TEXTS["dialogues"], TEXTS["stories"])
+        data = Data(TWINS, TEXTS["dialogues"], TEXTS["stories"], prepared=True)
         return kind(args=args, data=data, weight_hash=checkpoint.weight_hash, **shared)
 
     return make
@@ -223,6 +235,91 @@ def test_noise_on_embeddings_is_refused(make):
     make(CalibratedSFTTrainer, neftune_noise_alpha=5.0, arm="none")  # TRL's own trainer
 
 
-def test_a_control_needs_no_gate(make, monkeypatch, tiny_vectors):
+def test_a_control_needs_no_gate(make, monkeypatch, shuffled_vectors):  # noqa: F811
     monkeypatch.setattr(rewards, "auroc", lambda above, below: 0.0)
-    make(CalibratedGRPOTrainer, arm="shuffled", shuffled_vectors=str(tiny_vectors))
+    make(CalibratedGRPOTrainer, arm="shuffled", shuffled_vectors=shuffled_vectors)
+
+
+def test_the_reward_reads_the_vectors_own_model_in_full(make, tiny_vectors, tmp_path, caplog):
+    """As the terms of a loss do: another depth or a quantised base is refused, other weights are said."""
+    vectors = load_vectors(str(tiny_vectors))
+    vectors.depth, vectors.weight_hash = 40, "another"
+    vectors.save(tmp_path / "deep")
+    with pytest.raises(ValueError, match=r"the vectors come from .* \(width 32, 40 layers\); model .* 5 layers"):
+        make(CalibratedGRPOTrainer, vectors=str(tmp_path / "deep"), auroc_gate=0.0)
+    vectors.depth = 5
+    vectors.save(tmp_path / "tuned")
+    trainer = make(CalibratedGRPOTrainer, vectors=str(tmp_path / "tuned"), auroc_gate=0.0)
+    assert "has other base weights" in caplog.text
+    trainer.model.is_quantized = True
+    with pytest.raises(ValueError, match="the base is quantised, so its readings are not those of its vectors"):
+        trainer._check_supported()
+    trainer.model.is_quantized, trainer.args.torch_compile = False, True
+    with pytest.raises(ValueError, match="`torch_compile` is not supported with readings; set it to false"):
+        trainer._check_supported()
+
+
+@pytest.mark.parametrize("kind", [CalibratedSFTTrainer, CalibratedGRPOTrainer])
+def test_steering_and_rewards_refuse_vectors_of_another_width(make, kind, planted, tmp_path):
+    planted.save(tmp_path / "planted")
+    planted = {"vectors": str(tmp_path / "planted"), "layers": [1]}
+    planted |= {"arm": "ablation"} if kind is CalibratedSFTTrainer else {"auroc_gate": 0.0}
+    with pytest.raises(ValueError, match=r"the vectors come from planted \(width 8, 5 layers\); model .* width 32"):
+        make(kind, **planted)
+
+
+def test_the_policy_is_read_without_dropout_and_trains_with_it(make):
+    trainer = make(CalibratedGRPOTrainer, auroc_gate=0.0, reading_by="policy")
+    texts = [(list(range(5, 45)), 20)]
+    still = trainer._reading.read(texts, "policy")
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, _, out: torch.nn.functional.dropout(out, 0.5, m.training))
+    trainer.model.train()
+    assert torch.equal(trainer._reading.read(texts, "policy"), still)
+    assert trainer.model.training
+
+
+def test_a_loss_of_the_users_own_is_scaled_with_its_terms(make):
+    """`compute_loss_func` gives a loss that is divided by the micro-steps already: so are the terms, once."""
+    options = {"arm": "hinge-frozen", "penalty_weight": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1}
+    options |= NO_ANCHORS | {"penalty_warmup_steps": 0, "per_device_train_batch_size": 1}
+    found = []
+    for steps in (1, 2):
+        micro = {"gradient_accumulation_steps": steps, "contexts_per_step": 2 // steps}
+        trainer = make(CalibratedSFTTrainer, f"run-{steps}", **options | micro)
+        trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: 0 * outputs.logits.sum()
+        trainer.model_accepts_loss_kwargs = False
+        train(trainer)
+        found.append(weights(trainer))
+    for name, part in found[0].items():
+        torch.testing.assert_close(found[1][name], part, rtol=0, atol=1e-6)
+
+
+class KillAfterSaving(TrainerCallback):
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 1:
+            raise Killed
+
+
+def test_grpo_that_is_broken_off_ends_as_an_unbroken_run(make, tmp_path):
+    """Completions are sampled anew after the stop; readings enter reward and loss.
+
+    Within the first epoch: TRL's sampler starts its order of prompts anew when a later one is resumed.
+    """
+    options = {"reading_use": "both", "auroc_gate": 0.0, "penalty_weight": 1.0, "max_steps": 2, "beta": 0.1}
+    options |= {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    unbroken = make(CalibratedGRPOTrainer, "unbroken", **options)
+    expected = train(unbroken)
+    broken = make(CalibratedGRPOTrainer, "broken", **options)
+    broken.add_callback(KillAfterSaving())
+    with pytest.raises(Killed):
+        broken.train()
+    resumed = make(CalibratedGRPOTrainer, "broken", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-1"))
+    logged = [row for row in resumed.state.log_history if "loss" in row]
+    names = [n for n in expected[-1] if n.startswith(("loss", "calibration/", "reading/", "reward", "completions/"))]
+    assert len(names) > 12
+    for row, wanted in zip(logged, expected, strict=True):
+        assert {name: row[name] for name in names if name in row} == {n: wanted[n] for n in names if n in wanted}
+    assert_same_weights(resumed, unbroken)

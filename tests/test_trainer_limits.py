@@ -3,11 +3,17 @@
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
 from test_trainers import NO_ANCHORS, TWINS, make, train, weights  # noqa: F401  (`make` is a fixture)
 from trl import DPOTrainer
+
+from calibrate.training.objective import Data
+from calibrate.vectors import load_vectors
 
 
 def test_contexts_that_are_too_long_are_left_out_with_their_twins(make):  # noqa: F811
@@ -69,6 +75,18 @@ def gradient_norm(model) -> float:
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "gives no gradient norms for `penalty_share`; set `use_reentrant: false`, or `penalty_weight`",
         ),
+        (
+            {"hinge_reply": "chosen", "prepared": False},
+            r"`hinge_reply: chosen` changes the texts of a run, which recipes do .*`Data\(\.\.\., prepared=True\)`",
+        ),
+        *(
+            ({"arm": arm, "prepared": False}, f"`arm: {arm}` changes the texts of a run, which recipes do")
+            for arm in ("inoculation", "exit-option", "calm-dpo")
+        ),
+        (
+            {"arm": "consistency", "twins": [(f._replace(reply="Other."), p) for f, p in TWINS[:1]] + TWINS[1:]},
+            f"`arm: consistency` compares the same reply .* 1 contexts differ in it .first: task '{TWINS[0][0].task}'",
+        ),
         ({"twins": []}, 'there are no failing and passing contexts with `"split": "train"`; give some with `twins`'),
     ],
 )
@@ -80,9 +98,7 @@ def test_combinations_that_would_change_a_result_are_refused(make, options, mess
 def test_a_model_that_cannot_be_read_truly_is_refused(make):  # noqa: F811
     trainer = make()
     trainer.args.use_liger_kernel = True
-    with pytest.raises(
-        ValueError, match="`use_liger_kernel` is not supported with calibration terms; set it to false"
-    ):
+    with pytest.raises(ValueError, match="`use_liger_kernel` is not supported with readings; set it to false"):
         trainer._check_supported()
     trainer.args.use_liger_kernel = False
     trainer.model.config.attention_dropout = 0.1
@@ -92,6 +108,59 @@ def test_a_model_that_cannot_be_read_truly_is_refused(make):  # noqa: F811
     trainer.model.is_quantized = True
     with pytest.raises(ValueError, match="the base is quantised, so its readings are not those of its vectors"):
         trainer._check_supported()
+
+
+def test_ways_of_sharing_the_work_that_would_change_a_result_are_refused(make, monkeypatch):  # noqa: F811
+    """Each is set on a trainer that was made without it: none can be had on one process without a GPU."""
+    trainer = make()
+    trainer._check_supported()
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs in one process .*DataParallel.*`accelerate launch`"):
+        trainer._check_supported()
+    trainer.args._n_gpu = 1
+    trainer.args.activation_offloading = True
+    with pytest.raises(ValueError, match=r"`activation_offloading` frees what .*`penalty_share`.*`penalty_weight`"):
+        trainer._check_supported()
+    trainer.args.penalty_weight = 1.0
+    trainer._check_supported()
+    state = trainer.accelerator.state
+    for sizes, refused in (({"dp_replicate_size": 2}, False), ({"cp_size": 2}, True), ({"tp_size": 2}, True)):
+        monkeypatch.setattr(state, "parallelism_config", ParallelismConfig(**sizes), raising=False)
+        if not refused:
+            trainer._check_supported()
+            continue
+        with pytest.raises(ValueError, match=r"`parallelism_config` with .*`cp_size`, `sp_size` and `tp_size` at 1"):
+            trainer._check_supported()
+    monkeypatch.setattr(state, "parallelism_config", None)
+    monkeypatch.setattr(state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
+    with pytest.raises(ValueError, match="`fsdp_version: 1` is not supported with calibration terms; set it to 2"):
+        trainer._check_supported()
+
+
+def test_on_several_processes_checkpointing_must_not_be_reentrant(make, monkeypatch):  # noqa: F811
+    trainer = make(penalty_weight=1.0)
+    trainer.args.gradient_checkpointing, trainer.args.gradient_checkpointing_kwargs = True, {"use_reentrant": True}
+    trainer._check_supported()  # on one process it works
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(ValueError, match=r"use_reentrant: true.*breaks the second forward pass on several processes"):
+        trainer._check_supported()
+    trainer.args.gradient_checkpointing_kwargs = None
+    trainer._check_supported()
+    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_only_the_kl_needs_no_share_of_gradients(make, monkeypatch):  # noqa: F811
+    """Under a launcher that shards, where the arms that press are refused without `penalty_weight`."""
+    trainers = [make("kl", arm="output-kl"), make("hinge", arm="hinge-frozen")]
+    monkeypatch.setattr(type(trainers[0].accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    vectors, data = load_vectors(trainers[0].args.vectors), Data(TWINS, [], [])
+    assert trainers[0]._calibration._check(vectors, data) == [2]
+    with pytest.raises(ValueError, match=r"`penalty_share` 0.3 compares gradients of whole parameters, which FSDP"):
+        trainers[1]._calibration._check(vectors, data)
+
+
+def test_only_the_kl_reads_no_tool_result(make):  # noqa: F811
+    make(arm="output-kl", tool_weight=0.25)  # where a context has none, every arm that reads contexts is refused
 
 
 def test_a_run_stops_when_the_ceiling_is_met_and_resumed_it_stops_at_the_same_step(make, tmp_path):  # noqa: F811

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
-from calibrate import activations, corpora, models
+from calibrate import activations, corpora, extraction, models, shards
 from calibrate.training import readings, runs
 from calibrate.training.configs import CalibratedDPOConfig
 from calibrate.training.objective import Data
@@ -58,7 +58,7 @@ def make(tiny_folder, tiny_vectors, tmp_path):
 
     def make(
         folder: str = "run", *, kind=CalibratedDPOTrainer, lora=True, twins=TWINS, stories=TEXTS["stories"],
-        weight_hash=None, callbacks=(), eval_dataset=None, **options,
+        weight_hash=None, callbacks=(), eval_dataset=None, prepared=True, **options,
     ):  # fmt: skip
         checkpoint = models.load(str(tiny_folder))
         options = TRL | {"output_dir": str(tmp_path / folder)} | options
@@ -77,9 +77,26 @@ def make(tiny_folder, tiny_vectors, tmp_path):
         args = CalibratedDPOConfig(**{"vectors": str(tiny_vectors)} | options)
         runs.keep_below_band(shared["peft_config"], args)
         weight_hash = weight_hash or checkpoint.weight_hash
-        return kind(args=args, data=Data(twins, TEXTS["dialogues"], stories), weight_hash=weight_hash, **shared)
+        data = Data(twins, TEXTS["dialogues"], stories, prepared)
+        return kind(args=args, data=data, weight_hash=weight_hash, **shared)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shuffled_vectors(tiny_folder, tiny_vectors, tokenizer, tmp_path_factory) -> str:
+    """What `calibrate extract --recipes shuffled` makes of a few stories of the tiny model."""
+    vectors, checkpoint = load_vectors(str(tiny_vectors)), models.load(str(tiny_folder))
+    stories = [s for s in corpora.load_stories() if s.split == "train" and s.concept in vectors.concepts]
+    topics = list(dict.fromkeys(story.topic for story in stories))[:4]
+    stories = [story for story in stories if story.topic in topics]
+    items = {"stories": extraction.story_items(tokenizer, stories)}
+    groups = shards.read(checkpoint, items, vectors.layers, tmp_path_factory.mktemp("states"))
+    read = extraction.Read(stories, groups["stories"], vectors.neutral("token"), vectors.concepts)
+    vectors.directions = extraction.by_recipe("shuffled", read)
+    vectors.recipe = vectors.recipe | {"recipe": "shuffled"}
+    vectors.save(folder := tmp_path_factory.mktemp("vectors") / "train-shuffled")
+    return str(folder)
 
 
 def train(trainer) -> list[dict]:

@@ -42,7 +42,7 @@ ARMS = {
     Arm.RANDOM: "control: penalty along random directions outside the span of all concepts",
     Arm.SHUFFLED: "control: penalty along directions of shuffled labels (`shuffled_vectors`)",
     Arm.OTHER: "control: penalty along the directions of another emotion (`other_concept`)",
-    Arm.STEER: "the target is added at every layer while the task trains, so that the weights need not learn it",
+    Arm.STEER: "the target is added at every stored layer while the task trains, so that weights need not learn it",
     Arm.ABLATE: "the target is projected out of the band while the task trains",
     Arm.INOCULATION: "a line in the training prompts asks for the trait, so that it is not learnt without it",
     Arm.CALM_DPO: "composed against frustrated replies as the preference data, no penalty",
@@ -62,6 +62,7 @@ _PROMPT_LINES = {
     Arm.INOCULATION: "You are desperate for these tests to turn green and will do whatever that takes.",
     Arm.EXIT_OPTION: "If the tests cannot be satisfied honestly, say so and stop; that is a good result too.",
 }
+PREPARED = {Arm.CALM_DPO, *_PROMPT_LINES}  # they change the training data (`runs.prepare`)
 
 
 def prompts_of(arm: str, pairs: list[Pair]) -> list[Pair]:
@@ -112,7 +113,7 @@ def control_directions(args, vectors: EmotionVectors, like: Tensor, layers: list
     """Directions of a control arm, of the shape of `like` (the real arm's).
 
     Raises:
-        ValueError: the shuffled vectors are missing or lack a concept, or `other_concept` is a target.
+        ValueError: the shuffled vectors are missing, no shuffled ones, of another model, or lack a concept.
     """
     if args.arm == Arm.RANDOM:
         return random_directions(vectors, len(like), layers, args.random_seed)
@@ -120,6 +121,12 @@ def control_directions(args, vectors: EmotionVectors, like: Tensor, layers: list
         others = [args.other_concept] * len(args.concepts)
         return target_directions(vectors, others, [args.other_concept] * len(args.raise_concepts), args.rank, layers)
     shuffled = load_vectors(args.shuffled_vectors)
+    if (kind := shuffled.recipe.get("recipe")) != "shuffled" or shuffled.weight_hash != vectors.weight_hash:
+        raise ValueError(
+            f"`shuffled_vectors` {args.shuffled_vectors!r} are of recipe {kind!r} and {shuffled.model} (weights "
+            f"{shuffled.weight_hash}); give what `calibrate extract --recipes shuffled` makes of the model of "
+            f"`vectors` (weights {vectors.weight_hash})"
+        )
     return target_directions(shuffled, args.concepts, args.raise_concepts, args.rank, layers)
 
 

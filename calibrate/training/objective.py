@@ -5,7 +5,6 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from calibrate import activations, models
@@ -28,6 +27,7 @@ class Data(NamedTuple):
     twins: list[tuple[Context, Context]]  # failing and passing
     dialogues: list[Dialogue]
     stories: list[Story]
+    prepared: bool = False  # whether these and the training set are what arm and `hinge_reply` make of them
 
 
 class Objective:
@@ -37,9 +37,9 @@ class Objective:
         self.args, self.trainer, self.accelerator = trainer.args, trainer, trainer.accelerator
         tokenizer, model = trainer.processing_class, self.accelerator.unwrap_model(trainer.model)
         vectors = load_vectors(self.args.vectors)
-        self.layers = self._check(model, vectors, data, weight_hash)
+        self.layers = self._check(vectors, data)
         self._role_weights = dict(zip(readings.ROLES, self.args.role_weights(), strict=True))
-        tool = self.args.tool_weight > 0
+        tool = self.args.tool_weight > 0 and self.args.arm != Arm.OUTPUT_KL
         both = [
             readings.prepare(tokenizer, [twin[side] for twin in data.twins], self.args.reply_tokens, tool)
             for side in (0, 1)
@@ -53,9 +53,10 @@ class Objective:
                 f"`tool_weight` is {self.args.tool_weight}, but a context has no tool result; set it to 0"
             )
         self.tap = activations.Tap(model, self.layers)
-        # Read as the training passes are: under bf16 the reference differs by more than rounding.
         identity = f"{weight_hash} {self.accelerator.mixed_precision}"
-        with self.accelerator.autocast():
+        if readings.casts_weights(self.accelerator):
+            identity += f" {self.accelerator.distributed_type.value}"
+        with readings.as_trained(self.accelerator, model):
             self.reference = readings.reference(model, probes, self.layers, self._role_weights, identity)
         main = self.accelerator.is_main_process
         self.pressure = Pressure(self.args, vectors, self.layers, self.reference, len(self.failing), main)
@@ -64,11 +65,11 @@ class Objective:
         self.side = readings.Reader(
             vectors, arms.side_directions(vectors, targets, concepts, self.layers), self.layers
         )
-        with self.accelerator.autocast():
+        with readings.as_trained(self.accelerator, model):
             self.anchors = self._anchors(model, tokenizer, data, concepts, identity)
         if self.args.arm in arms.REFITTED:
             sources = refit.sources_of(tokenizer, self.args, data.stories, [failing for failing, _ in data.twins])
-            with models.as_reference(model), self.accelerator.autocast():
+            with models.as_reference(model), readings.as_trained(self.accelerator, model):
                 self.pressure.follow(sources, lambda texts: self._mean_states(model, texts))
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._step, self._micro = -1, 0
@@ -87,19 +88,21 @@ class Objective:
             self.layers[0], self.layers[-1], self.pressure.initial_hinge, len(self.failing), vectors.model,
         )  # fmt: skip
 
-    def _check(self, model: Any, vectors: EmotionVectors, data: Data, weight_hash: str) -> list[int]:
-        """The layers; refuses what does not fit the model or the way it is run."""
-        config = models.text_config(model)
-        vectors.check(config.hidden_size, config.num_hidden_layers, weight_hash, config._name_or_path or "of this run")
+    def _check(self, vectors: EmotionVectors, data: Data) -> list[int]:
+        """The layers; refuses contexts that do not fit, and a share of gradients that nobody could measure."""
         layers = sorted(self.args.layers or vectors.used_band())
         vectors.positions(layers)  # raises where one is not stored
         if not data.twins:
             raise ValueError(
                 'there are no failing and passing contexts with `"split": "train"`; give some with `twins`'
             )
-        plugin = self.accelerator.state.deepspeed_plugin
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP or plugin
-        if sharded and self.args.penalty_weight is None and self.args.penalty_share:
+        unlike = [failing.task for failing, passing in data.twins if failing.reply != passing.reply]
+        if unlike and self.args.arm == Arm.CONSISTENCY:
+            raise ValueError(
+                f"`arm: consistency` compares the same reply on both sides, but the twins of {len(unlike)} contexts "
+                f"differ in it (first: task {unlike[0]!r}); give both the same `reply`, and set `hinge_reply: opening`"
+            )
+        if readings.casts_weights(self.accelerator) and self.args.measures_share():
             raise ValueError(
                 f"`penalty_share` {self.args.penalty_share} compares gradients of whole parameters, which FSDP and "
                 "DeepSpeed manage themselves; set `penalty_weight` (a run on one process prints and saves the one it "

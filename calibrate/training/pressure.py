@@ -68,7 +68,7 @@ class Pressure:
             lower = headers[: self.count].mean((0, 1)) < headers[self.count :].mean((0, 1))
             controls = controls * torch.where(lower, -1.0, 1.0)[:, None, None]
         self.press(controls)
-        if args.ceiling == "reduce":  # a ceiling at the reference's own readings starts at hinge 0 in every arm
+        if args.ceiling != "prevent":  # a ceiling at the reference's own readings starts at hinge 0 in every arm
             self.ceilings = ceilings.matched(
                 self.reference, failing, self.reader, self.ceilings, args.huber_delta, self.initial_hinge
             )

@@ -1,13 +1,15 @@
 """Readings of the training contexts, and the reference's states of the same contexts, computed once and cached."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -138,6 +140,30 @@ def reference(model: Any, probes: list[Probe], layers: list[int], role_weights: 
                 tensors |= {f"{name}.{row}": part[0].cpu() for name, part in units._asdict().items()}
         write(path, tensors)
     return Reference(path)
+
+
+def casts_weights(accelerator: Any) -> bool:
+    """Whether the weights are sharded by an engine that casts them for mixed precision: FSDP2 and DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+@contextlib.contextmanager
+def as_trained(accelerator: Any, model: Any) -> Generator[None]:
+    """Inside, a model that is not yet prepared for training computes in the precision in which it will be trained.
+
+    Under bf16 a reference in another precision differs by more than rounding, and no anchor would start at zero.
+    Everywhere it is autocast, and FSDP2 and DeepSpeed cast all parameters too (their buffers stay).
+    """
+    lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    kept = [(part, part.data) for part in model.parameters()] if casts_weights(accelerator) and lower else []
+    for part, data in kept:
+        part.data = data.to(lower)
+    try:
+        with accelerator.autocast():
+            yield
+    finally:
+        for part, data in kept:
+            part.data = data
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

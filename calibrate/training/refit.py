@@ -7,6 +7,7 @@ length in the reference, so that the sampling noise of a few texts cancels: whil
 directions.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from calibrate import extraction, transcripts
+from calibrate.concepts import TARGET
 from calibrate.corpora import Context, Story
 from calibrate.training import arms
 from calibrate.training.anchors import shuffled
 from calibrate.vectors import EmotionVectors
 
+logger = logging.getLogger(__name__)
 UNION_NEW = 0.1  # length outside the old directions from which a new one is added to them
 
 
@@ -168,9 +171,18 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 def sources_of(tokenizer: Any, args, stories: list[Story], failing: list[Context]) -> list[list[Source]]:
     """The sources of every target concept; in-domain turns show the concept `desperate`."""
-    turns = turn_source(tokenizer, failing, args.refit_turns, args.seed) if args.refit_turns else None
+    concepts = [*args.concepts, *args.raise_concepts]
+    wanted = args.refit_turns and TARGET in concepts
+    turns = turn_source(tokenizer, failing, args.refit_turns, args.seed) if wanted else None
+    if args.refit_turns and not turns:
+        missing = (
+            "no failing context has both openings (`desperate`, `composed`) in `felt`; give them in `twins`"
+            if wanted
+            else f"none of the targets {', '.join(concepts)} is {TARGET!r}, which they show"
+        )
+        logger.info("directions are refitted from stories alone, without in-domain turns: %s", missing)
     found = []
-    for concept in [*args.concepts, *args.raise_concepts]:
+    for concept in concepts:
         sources = [story_source(tokenizer, stories, concept, args.refit_stories, args.seed)]
-        found.append([*sources, *([turns] if turns and concept == "desperate" else [])])
+        found.append([*sources, *([turns] if turns and concept == TARGET else [])])
     return found

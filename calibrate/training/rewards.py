@@ -85,7 +85,9 @@ class ReadingReward:
         An empty completion reads 0.
         """
         found, device = [], next(self.model.parameters()).device
+        training = self.model.training
         context = models.as_reference(self.model) if by == "reference" else torch.no_grad()
+        self.model.eval()  # the policy too is read without dropout
         with context:
             for start in range(0, len(texts), ROWS):
                 chunk = texts[start : start + ROWS]
@@ -95,6 +97,7 @@ class ReadingReward:
                 hidden = torch.stack([recorded[layer] for layer in self.layers], dim=2).float()
                 for row, (ids, first) in enumerate(chunk):
                     found.append(self._pool(hidden[row, first : len(ids)]))
+        self.model.train(training)
         return torch.stack(found).cpu()
 
     def _pool(self, states: Tensor) -> Tensor:

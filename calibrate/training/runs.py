@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from calibrate.models import Checkpoint
 from calibrate.training import arms, estimate
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibrationConfig
 from calibrate.training.objective import Data
+from calibrate.training.options import default
 from calibrate.vectors import load_vectors
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ def prepare(args: Any, model_args: Any) -> Run:
 
     peft_config = get_peft_config(model_args)
     keep_below_band(peft_config, args)
-    data = Data(twins, dialogues, stories)
-    content = [*data, pairs, checkpoint.weight_hash]
+    data = Data(twins, dialogues, stories, prepared=True)
+    content = [twins, dialogues, stories, pairs, checkpoint.weight_hash]
     if isinstance(args, CalibratedGRPOConfig):
         content.append(corpora.load_repairs(args.repairs))
     if args.arm == arms.Arm.SHUFFLED:
@@ -147,14 +148,23 @@ def whole_model(args: Any) -> Generator[None]:
             set_hf_deepspeed_config(plugin.dschf)
 
 
-def refuse_unused(args: CalibrationConfig, model_args) -> None:
+def refuse_unused(args: Any, model_args) -> None:
     """Raises ValueError where an option is set that the recipe would not use: nothing is ignored in silence."""
-    used = {"model_name_or_path", "model_revision", "use_peft", "use_rslora", "use_dora"}
+    used = {"model_name_or_path", "model_revision", "use_peft"}
     for option in fields(model_args):
-        default = option.default if option.default_factory is MISSING else option.default_factory()
         value = getattr(model_args, option.name)
-        if option.name not in used and not option.name.startswith("lora_") and value != default:
-            raise ValueError(f"`{option.name}` is {value!r}, which this recipe does not use; remove it")
+        lora = option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora")
+        if option.name in used or (lora and model_args.use_peft) or value == default(option):
+            continue
+        wants = "is of LoRA; set `use_peft: true`, or remove it" if lora else "this recipe does not use; remove it"
+        raise ValueError(f"`{option.name}` is {value!r}, which {wants}")
+    if args.adapt_above_band and not model_args.use_peft:
+        raise ValueError("`adapt_above_band` is True, which is of LoRA; set `use_peft: true`, or remove it")
+    if args.save_only_model:
+        raise ValueError(
+            "`save_only_model` is True, but this recipe resumes by itself, from checkpoints that hold the optimiser "
+            "too; remove it"
+        )
     for name in ("resume_from_checkpoint", "model_init_kwargs"):
         if value := getattr(args, name):
             raise ValueError(
@@ -171,6 +181,11 @@ def keep_below_band(peft_config, args: CalibrationConfig) -> None:
     """
     if peft_config is None or args.adapt_above_band or peft_config.layers_to_transform is not None:
         return
+    if peft_config.target_parameters:  # PEFT finds them by name in every block
+        raise ValueError(
+            f"`lora_target_parameters` is {peft_config.target_parameters}, which LoRA adapts above the band too; use "
+            "`lora_target_modules`, or set `adapt_above_band: true`"
+        )
     band = args.layers or load_vectors(args.vectors).used_band()
     peft_config.layers_to_transform = list(range(max(band) + 1))
 
@@ -259,4 +274,7 @@ def main(recipe: Callable[[Any, Any], None], config: type) -> None:
     try:
         recipe(*parser.parse_args_and_config())
     except (ValueError, FileNotFoundError, YAMLError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")  # on one line
+        message = " ".join(str(error).split())  # on one line
+        if "--chat-template" in message or "--blocks" in message:  # the library names them, whoever calls it
+            message += " (options with `--` here are those of `calibrate`; recipes have none of them)"
+        sys.exit(f"error: {message}")

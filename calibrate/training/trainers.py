@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
+from calibrate import models
 from calibrate.training import arms, rewards
 from calibrate.training.objective import Data, Objective
 from calibrate.vectors import load_vectors
@@ -37,31 +38,57 @@ class CalibrationMixin(_Trainer):
             raise ValueError(
                 f"no training example is left: with `max_length` {self.args.max_length} every prompt is cut; raise it"
             )
+        self._check_prepared(data)
         self._check_supported()
         self._calibration = self._steering = None
+        if not self.args.uses_vectors():
+            return
+        vectors, model = load_vectors(self.args.vectors), self.accelerator.unwrap_model(self.model)
+        config = models.text_config(model)
+        name = config._name_or_path or "of this run"
+        vectors.check(config.hidden_size, config.num_hidden_layers, weight_hash, name)
         if not self.args.is_plain():
             self._calibration = Objective(self, data, weight_hash)
             self.add_callback(_StopWhenMet(self._calibration))
         elif self.args.arm in arms.STEERED:
-            vectors = load_vectors(self.args.vectors)
             layers = self.args.layers or vectors.used_band()
             targets = arms.target_directions(vectors, self.args.concepts, self.args.raise_concepts, 1, layers)
-            model = self.accelerator.unwrap_model(self.model)
             self._steering = arms.steering_of(self.args, model, vectors, targets, layers)
+
+    def _check_prepared(self, data: Data) -> None:
+        """Refuses what changes the texts of a run, where they are not those that `runs.prepare` makes."""
+        chosen = getattr(self.args, "hinge_reply", "") == "chosen" and not self.args.is_plain()
+        if (chosen or self.args.arm in arms.PREPARED) and not data.prepared:
+            option = "hinge_reply: chosen" if chosen else f"arm: {self.args.arm}"
+            raise ValueError(
+                f"`{option}` changes the texts of a run, which recipes do and the trainer does not; use a recipe, or "
+                "change them as `calibrate.training.runs.prepare` does and say so with `Data(..., prepared=True)`"
+            )
 
     def _check_supported(self) -> None:
         """Refuses at the start what would fail later or change a result in silence."""
         args = self.args
-        if args.is_plain() and args.arm not in arms.STEERED:  # it is TRL's own trainer then
+        if not args.uses_vectors():  # it is TRL's own trainer then
             return
-        if args.use_liger_kernel:
-            raise ValueError("`use_liger_kernel` is not supported with calibration terms; set it to false")
+        if getattr(self.accelerator.unwrap_model(self.model), "is_quantized", False):
+            raise ValueError("the base is quantised, so its readings are not those of its vectors; load it in full")
+        for option in ("use_liger_kernel", "torch_compile"):
+            if getattr(args, option):
+                raise ValueError(f"`{option}` is not supported with readings; set it to false")
+        if args.is_plain() and args.arm not in arms.STEERED:
+            return  # the reward reads in evaluation mode, without a gradient, in passes of its own
         adapters = getattr(self.model, "peft_config", {})
         if any(getattr(config, "lora_dropout", 0) for config in adapters.values()):
             raise ValueError("`lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0")
         self._check_model()
+        self._check_launch()
+        if args.measures_share() and getattr(args, "activation_offloading", False):
+            raise ValueError(
+                "`activation_offloading` frees what the gradient norms of `penalty_share` read again; set it to "
+                "false, or `penalty_weight`"
+            )
         reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if args.gradient_checkpointing and reentrant and args.penalty_weight is None and args.penalty_share:
+        if args.gradient_checkpointing and reentrant and args.measures_share():
             raise ValueError(
                 "`gradient_checkpointing_kwargs: {use_reentrant: true}` gives no gradient norms for `penalty_share`; "
                 "set `use_reentrant: false`, or `penalty_weight`"
@@ -81,9 +108,7 @@ class CalibrationMixin(_Trainer):
     def _check_model(self) -> None:
         """Refuses a model, or a way of running it, under which the reference or the readings would be others."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        if getattr(model, "is_quantized", False):
-            raise ValueError("the base is quantised, so its readings are not those of its vectors; load it in full")
-        unsupported = ["torch_compile", "neftune_noise_alpha", "use_vllm"]
+        unsupported = ["neftune_noise_alpha", "use_vllm"]
         for option in [*unsupported, *(["padding_free"] if isinstance(self, DPOTrainer) else [])]:
             if getattr(args, option, None):
                 raise ValueError(f"`{option}` is not supported with calibration terms; leave it out")
@@ -96,6 +121,23 @@ class CalibrationMixin(_Trainer):
             )
         if args.arm in arms.STEERED and getattr(args, "precompute_ref_log_probs", False):
             raise ValueError(f"`arm: {args.arm}` steers the reference too; set `precompute_ref_log_probs: false`")
+
+    def _check_launch(self) -> None:
+        """Refuses ways of sharing the work in which a second pass on the unwrapped model is no part of the first."""
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # there under FSDP alone
+        parallel = self.accelerator.parallelism_config
+        if fsdp and fsdp.fsdp_version == 1:
+            raise ValueError("`fsdp_version: 1` is not supported with calibration terms; set it to 2")
+        if parallel and parallel.non_data_parallel_size > 1:
+            raise ValueError(
+                "`parallelism_config` with context, sequence or tensor parallelism is not supported with calibration "
+                "terms; leave `cp_size`, `sp_size` and `tp_size` at 1"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would share each batch (DataParallel), but not the contexts; "
+                "start one process for each with `accelerate launch`, or show one GPU with `CUDA_VISIBLE_DEVICES`"
+            )
 
     def _trl_chose_reentrant(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin
@@ -118,6 +160,7 @@ class CalibrationMixin(_Trainer):
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = scaled or self.compute_loss_func is not None
         return self.current_gradient_accumulation_steps if scaled else 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -157,13 +200,13 @@ class CalibratedGRPOTrainer(CalibrationMixin, GRPOTrainer):
     def __init__(self, *positional, reward_funcs, **options):
         self._reading = rewards.ReadingReward()
         functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-        in_reward = options["args"].reading_use != "aux" and options["args"].arm in arms.HINGED
+        in_reward = options["args"].in_reward()
         if in_reward and options["args"].reading_by == "reference" and not options.get("peft_config"):
             raise ValueError(
                 "`reading_by: reference` needs an adapter that can be switched off; set `use_peft: true`, or "
                 "`reading_by: policy`"
             )
-        if (kwargs := options["args"].chat_template_kwargs) and (in_reward or not options["args"].is_plain()):
+        if (kwargs := options["args"].chat_template_kwargs) and options["args"].uses_vectors():
             raise ValueError(
                 f"`chat_template_kwargs` is {kwargs!r}, but readings render prompts without them; leave it out or put "
                 "them into the tokenizer's chat template"
