@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_curation.documents import FAULT, Documents
+from data_curation.documents import FAULT, Documents, Fault
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1_000_000  # scores do not depend on either
 WINDOW = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("regulation", pa.float32())])
@@ -32,6 +33,11 @@ def column_types() -> dict[str, pa.DataType]:
 
 def arrow(kind: str) -> pa.DataType:
     return pa.type_for_alias(kind)
+
+
+def reaches(score: float, edge: float) -> bool:
+    """Whether a score is at an edge or above it. Scores are kept as float32: the edge is taken so too."""
+    return bool(np.float32(score) >= np.float32(edge))
 
 
 def share(seed: int, purpose: str, key: str) -> float:
@@ -89,6 +95,8 @@ class RegulationScorer(PipelineStep):
 def _batches(data: Iterable[Document]) -> Iterator[list[Document]]:
     batch, characters = [], 0
     for document in data:
+        if FAULT not in document.metadata and (not document.text or document.text.isspace()):
+            raise Fault(f"the document {document.id!r} has no text; leave it out before it is scored")
         batch.append(document)
         characters += len(document.text)
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
@@ -132,7 +140,7 @@ def drop_reason(scores: dict[str, Any], below: float) -> str | None:
     if scores["regulation"] is None:
         return None
     upper = scores["regulation"] if scores.get("regulation_high") is None else scores["regulation_high"]
-    if upper >= below:
+    if reaches(upper, below):
         return None
     facets = sorted(((scores.get(name) or 0.0, name) for name in MALADAPTIVE), reverse=True)[:3]
     named = ", ".join(f"{name} {value:.2f}" for value, name in facets)
@@ -209,7 +217,7 @@ class Tagger(PipelineStep):
             return None, "nothing to regulate"
         if share(self.seed, "drop-out", document.id) < self.drop_out:
             return None, "drop-out"
-        band = sum(regulation >= edge for edge in self.edges)
+        band = sum(reaches(regulation, edge) for edge in self.edges)
         return self.tokens[band], ("low", "middle", "high")[band]
 
 
@@ -238,7 +246,12 @@ class MapScorer:
         self.text_column, self.block = state["text_column"], RegulationScorer(*state["block"])
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        rows = self.block.loaded().score(batch[self.text_column])
+        texts = batch[self.text_column]
+        for row, text in enumerate(texts):
+            if not isinstance(text, str) or not text or text.isspace():
+                what = f"`{self.text_column}` of row {row} of a batch is {text!r}"
+                raise ValueError(f"{what}, not a text with words in it; filter such rows out before `map`")
+        rows = self.block.loaded().score(texts)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def features(self, known):

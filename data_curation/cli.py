@@ -24,6 +24,8 @@ def main() -> None:
         if len(lines) > SHOWN:
             print(f"error: and {len(lines) - SHOWN} such lines more", file=sys.stderr)
         sys.exit(f"error: {last}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--out", type=Path, required=True, help="folder of the results; a stopped run goes on there")
     running.add_argument("--workers", type=int, help="shards in work at once (default: the config's, or 1)")
     running.add_argument("--config", type=Path, help="YAML: executor (local, slurm, ray), workers, and its section")
-    running.add_argument("--fresh", action="store_true", help="replace what another input or option left in OUT")
+    said = "start over: remove what a run left in OUT (on Slurm without it when the tasks have ended)"
+    running.add_argument("--fresh", action="store_true", help=said)
     scored = argparse.ArgumentParser(add_help=False, parents=[running])
     scored.add_argument("scores", type=Path, help="the folder that `curate score` wrote")
     _add_score(verbs, running)
@@ -59,7 +62,7 @@ def _add_score(verbs, running: argparse.ArgumentParser) -> None:
     one.add_argument("--text-column", default="text", help="(default: %(default)s)")
     one.add_argument("--id-column", help="column of unique ids (default: `id`; without one, file and row)")
     one.add_argument("--number-rows", action="store_true", help="take file and row for ids although there is `id`")
-    one.add_argument("--split", help="of a Hub id (default: train)")
+    one.add_argument("--split", help="of a Hub id (default: train) or of a saved DatasetDict (default: all)")
     one.add_argument("--max-characters", type=int, default=20_000_000, help="of one text (default: %(default)s)")
     one.add_argument("--set-aside", action="store_true", help="note rows that cannot be used, and go on without them")
     one.add_argument("--shard-mb", type=int, default=16, help="megabytes of a file that one task reads (default: 16)")
@@ -116,7 +119,8 @@ def _config(arguments: argparse.Namespace):
 def _done(manifest: dict[str, Any] | None, arguments: argparse.Namespace, *shown: str) -> dict[str, Any] | None:
     """Prints the counts, or that Slurm has the work."""
     if manifest is None:
-        print("Handed to Slurm. When its tasks have ended, the same command checks and completes the run.")
+        same = "the same command without --fresh" if arguments.fresh else "the same command"
+        print(f"Handed to Slurm. When its tasks have ended, {same} checks and completes the run.")
         return None
     figures = manifest["figures"]
     counts = ", ".join(f"{figures.get(name, 0):,} {name.replace('_', ' ')}" for name in shown)

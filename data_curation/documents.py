@@ -1,5 +1,6 @@
 """datatrove blocks that read the rows of a shard as documents, alone or beside their scores."""
 
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,8 @@ class ShardReader(PipelineStep):
     """The documents of shard `rank`, in the order of the file.
 
     A row that cannot be used ends the shard with its file and row, or with `set_aside` goes on as a document that
-    holds its fault in place of a text, so that every row that was read is counted by who writes.
+    holds its fault in place of a text, so that every row that was read is counted by who writes. `without_ids` says
+    that there is no `id` where one could be: a row that has one all the same cannot be used.
     """
 
     type, name = "📖 - READER", "shard"
@@ -50,9 +52,10 @@ class ShardReader(PipelineStep):
         columns: tuple[str, ...] | None = (),
         set_aside: bool = False,
         max_characters: int = 20_000_000,
+        without_ids: bool = False,
     ):
         super().__init__()
-        self.shards = shards
+        self.shards, self.without_ids = shards, without_ids
         self.text_column, self.id_column, self.columns = text_column, id_column, columns
         self.set_aside, self.max_characters = set_aside, max_characters
 
@@ -92,6 +95,8 @@ class ShardReader(PipelineStep):
             return f"a text of {len(text):,} characters; at most {self.max_characters:,} are read (--max-characters)"
         if not text or text.isspace():
             return "an empty text"
+        if self.without_ids and "id" in values:
+            return "has an `id`, and the first rows have none; give --id-column id, or --number-rows"
         if isinstance(key, bool) or not isinstance(key, str | int):
             return f"the id in {self.id_column!r} is {key!r}, neither text nor whole number"
         return None
@@ -164,10 +169,13 @@ def _unpack(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
 
 
 def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | str:
-    try:
-        return {name: column[i].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    except UnicodeDecodeError as wrong:
-        return f"not UTF-8 (byte {wrong.object[wrong.start]:#04x} at {wrong.start} of a value)"
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[i].as_py()
+        except UnicodeDecodeError as wrong:
+            return f"not UTF-8 (byte {wrong.object[wrong.start]:#04x} at {wrong.start} of a value of {name!r})"
+    return row
 
 
 class ScoredReader(ShardReader):
@@ -175,17 +183,21 @@ class ScoredReader(ShardReader):
 
     name = "scored shard"
 
-    def __init__(self, shards: list[Shard], scores: str, **options):
-        super().__init__(shards, **options)
-        self.scores = scores  # folder of the sidecar
+    def __init__(self, shards: list[Shard], folder: str, **options):
+        super().__init__(shards, set_aside=True, **options)
+        self.folder = Path(folder)  # that `curate score` wrote
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         self.stats = Stats(str(self))
         shard = self.shards[rank]
-        scored = SidecarReader(self.shards, self.scores).run(None, rank, world_size)
+        scored = SidecarReader(self.shards, str(self.folder / "scores")).run(None, rank, world_size)
+        record = json.loads((self.folder / f"state/score/records/{rank:05d}.json").read_text(encoding="utf-8"))
+        aside = {fault["row"] for fault in record["faults"]}
         for document in self._read(rank):
-            if FAULT in document.metadata:
+            if aside and row_number(shard, document.metadata[ROW]) in aside:
                 continue
+            if fault := document.metadata.get(FAULT):  # in a column that was not read when scored
+                raise Fault(f"{place(shard, document.metadata[ROW])}: {fault}")
             beside = next(scored, None)
             if beside is None or beside.id != document.id:
                 where = place(shard, document.metadata[ROW])

@@ -16,9 +16,16 @@ class Labelled(NamedTuple):
 
     cells: np.ndarray
     regulation: np.ndarray
-    sources: np.ndarray  # what an interval resamples: the writer
+    sources: (
+        np.ndarray
+    )  # what an interval resamples: the writer, or the event where there are fewer than three writers
     events: np.ndarray  # event or pair
     valence: np.ndarray  # VADER's compound, or nan
+
+    @property
+    def note(self) -> str:
+        """What an interval is by."""
+        return "by event" if np.array_equal(self.sources, self.events) else "by writer"
 
     @property
     def high(self) -> np.ndarray:
@@ -30,11 +37,12 @@ class Labelled(NamedTuple):
 
 
 def labelled(rows: list[dict[str, Any]], valence: np.ndarray | None = None) -> Labelled:
-    """The arrays of labelled rows; a missing cell, writer or event is empty, a null regulation `nan`."""
+    """The arrays of labelled rows; a missing cell or writer is empty, a null regulation `nan`."""
     regulation = [np.nan if row.get("regulation") is None else row["regulation"] / 10 for row in rows]
     texts = [np.array([str(row.get(name) or "") for row in rows]) for name in ("cell", "writer")]
     events = np.array([str(row.get("pair") or row.get("event") or row["id"]) for row in rows])
-    return Labelled(texts[0], np.array(regulation), texts[1], events, _or_nan(valence, len(rows)))
+    sources = texts[1] if len(set(texts[1])) >= 3 else events  # as the folds
+    return Labelled(texts[0], np.array(regulation), sources, events, _or_nan(valence, len(rows)))
 
 
 def _or_nan(values: np.ndarray | None, count: int) -> np.ndarray:
@@ -89,7 +97,7 @@ def by_source(statistic, groups: np.ndarray) -> Interval:
 
 
 def separation(score: np.ndarray, labels: Labelled, groups: np.ndarray | None = None) -> Interval:
-    """AUC of the high cells over the low ones, with its interval over `groups` (by default the writers)."""
+    """AUC of the high cells over the low ones, with its interval over `groups` (by default the sources)."""
 
     def statistic(rows: np.ndarray) -> float:
         return auc(score[rows][labels.high[rows]], score[rows][labels.low[rows]])
@@ -109,7 +117,7 @@ def pairwise(score: np.ndarray, labels: Labelled) -> dict[str, float]:
 
 
 def agreement(score: np.ndarray, labels: Labelled) -> Interval:
-    """Spearman of score and graded label where the label is not null, by writer."""
+    """Spearman of score and graded label where the label is not null, by source."""
     known = ~np.isnan(labels.regulation)
 
     def statistic(rows: np.ndarray) -> float:
@@ -189,10 +197,10 @@ def figures(score: np.ndarray, null: np.ndarray, threshold: float, labels: Label
         score: regulation of every passage, 0 to 1; give 0.5 for those that are read as null.
         null: bool, which of them the scorer gives no regulation.
     """
-    found = [Figure("AUC, high cells over low", *separation(score, labels), "by writer")] if labels.low.any() else []
+    found = [Figure("AUC, high cells over low", *separation(score, labels), labels.note)] if labels.low.any() else []
     for name, value in list(pairwise(score, labels).items())[:1]:
         found.append(Figure("lowest AUC of a pair of cells", value, note=name.replace("_", " ")))
-    found.append(Figure("Spearman with graded labels", *agreement(score, labels), "by writer"))
+    found.append(Figure("Spearman with graded labels", *agreement(score, labels), labels.note))
     known = ~np.isnan(labels.regulation)
     found.append(Figure("quadratic weighted kappa", weighted_kappa(score[known], labels.regulation[known])))
     error = calibration_error(score[known], labels.regulation[known])
@@ -209,5 +217,7 @@ def figures(score: np.ndarray, null: np.ndarray, threshold: float, labels: Label
         found.append(Figure("null where there is a label", *stats.wilson(null[known])))
     if pairs := swapped(score, labels):
         found.append(Figure("same event, other outcome: right way round", *pairs, "Wilson"))
-    found.append(Figure("R2 of the writer's world", explained(score[known], labels.sources[known]), note="adjusted"))
+    if labels.note == "by writer":
+        world = explained(score[known], labels.sources[known])
+        found.append(Figure("R2 of the writer's world", world, note="adjusted"))
     return found

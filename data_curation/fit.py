@@ -26,6 +26,7 @@ PENALTIES = {1: (0.1, 0.3, 1.0, 3.0), 2: (0.05, 0.15, 0.5, 1.5)}  # tried, by ti
 DEPTHS = (0.36, 0.43, 0.5, 0.53, 0.6, 0.67, 0.73, 0.77, 0.86)  # where a layer for tier 2 is looked for
 LAYERS_READ = 4
 THIRDS = ("first", "middle", "last")
+OWN = ("scorer.json", "tier1.safetensors", "tier2.safetensors")  # files of a scorer's folder
 FALSE_NULLS = 0.02  # of passages with a score, and of those that do harm, so many are read as having none
 GRIEF_KEPT, TOXIC_REJECTED = 0.95, 0.9  # what the threshold aims at
 ESCALATED = 0.97  # of the passages with a score, so many reach tier 2 in `auto`
@@ -64,8 +65,9 @@ def fit(
     Raises:
         ValueError: a bad label, too few writers and events, or `out` holds something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "scorer.json").is_file():
-        raise ValueError(f"{out} exists and holds no scorer; choose another `--out`")
+    if model is None and states is not None:
+        raise ValueError(f"`--states` {states}: without a model no states are read; leave it out")
+    check_out(out)
     background = neutral_dialogues() if background is None else background
     wanted = ridge.targets(rows, len(background))
     texts = [row["text"] for row in rows] + background
@@ -77,6 +79,14 @@ def fit(
     config |= {f"tier{number}": tier.config for number, tier in tiers.items()}
     _write(out, config, tiers)
     return tiers
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError where a scorer may not be written: it would replace something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; `--out` takes a folder")
+    if other := sorted(path.name for path in out.glob("*") if path.name not in OWN):
+        raise ValueError(f"{out} holds {other[0]!r}, which is no part of a scorer; choose another `--out`")
 
 
 def neutral_dialogues() -> list[str]:
@@ -268,7 +278,9 @@ def _write(out: Path, config: dict[str, Any], tiers: dict[int, Fitted]) -> None:
             whole_rows = {name: np.ascontiguousarray(value) for name, value in tier.tensors.items()}
             save_file(whole_rows, whole / f"tier{number}.safetensors")
         (whole / "scorer.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
+        check_out(out)  # again: fitting takes long
+        if out.exists():
+            shutil.rmtree(out)
         os.rename(whole, out)
 
 
@@ -284,7 +296,7 @@ def evaluate(rows: list[dict[str, Any]], fitted: Fitted) -> list[evaluation.Figu
         raw = ridge.cross_validate(fitted.alike, fitted.wanted, [fitted.penalty], leave)[0, : len(rows), 0]
         side = labels._replace(cells=np.where(labels.high | left, labels.cells, ""))
         interval = evaluation.separation(raw, side)
-        found.append(evaluation.Figure(f"AUC without {cell.replace('_', ' ')} in fitting", *interval, "by writer"))
+        found.append(evaluation.Figure(f"AUC without {cell.replace('_', ' ')} in fitting", *interval, labels.note))
     return found
 
 
@@ -303,7 +315,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("labels", type=Path, help='JSONL with "id", "text", "facets" (some or all) and "regulation"')
     parser.add_argument("--out", type=Path, required=True, help="folder of the scorer, for `curate score --scorer`")
     parser.add_argument("--model", default="default", help="that tier 2 reads with, or `none` (default: %(default)s)")
-    parser.add_argument("--vectors", default="default", help="of that model, for the emotion columns, or `none`")
+    said = "of that model, for the emotion columns, or `none` (default: `default`)"
+    parser.add_argument("--vectors", help=said)
     parser.add_argument("--states", type=Path, help="folder to keep the passages' states in, for another call")
     parser.set_defaults(run=fit_command)
 
@@ -311,7 +324,9 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
 def fit_command(arguments: argparse.Namespace) -> None:
     """Runs `curate fit` and prints its cross-validated evaluation as Markdown."""
     rows = list(read_rows(arguments.labels, "facets", "regulation"))
-    model, vectors = (None if name == "none" else name for name in (arguments.model, arguments.vectors))
+    if arguments.model == "none" and arguments.vectors not in (None, "none"):
+        raise ValueError(f"`--vectors` {arguments.vectors}: `--model none` reads no emotions; leave it out")
+    model, vectors = (None if name == "none" else name for name in (arguments.model, arguments.vectors or "default"))
     for number, fitted in fit(rows, arguments.out, model, vectors, arguments.states).items():
         print(f"\nTier {number}, cross-validated on {len(rows)} passages\n\n{evaluation.HEADER}")
         print("\n".join(figure.line() for figure in evaluate(rows, fitted)))

@@ -7,12 +7,13 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 DIGESTED = 1 << 16  # bytes at either end of a file that tell it from another of the same size
+LOOKED_AT = 100  # rows of a JSONL file that say which columns it has
 
 
 class Shard(NamedTuple):
@@ -42,7 +44,7 @@ class Source(NamedTuple):
     """What the user named, resolved."""
 
     shards: list[Shard]
-    columns: list[str]  # of the first file
+    columns: dict[str, list[str]]  # of each file that has a row that can be read
     digests: dict[str, str]  # file -> size and digest of both ends
 
 
@@ -53,17 +55,22 @@ def find(source: str, shard_bytes: int, split: str | None = None) -> Source:
         ValueError: there is nothing to read; says what was looked for.
     """
     files = _files(source, split)
-    shards, names = [], Counter(_stem(name) for name, _, _ in files)
-    for name, path, kind in files:
-        ranges = _RANGES[kind](path, shard_bytes)
-        stem = _stem(name) if names[_stem(name)] == 1 else name
-        for number, (start, stop, first, rows) in enumerate(ranges):
-            part = f"{stem}.{number:05d}" if len(ranges) > 1 else stem
-            shards.append(Shard(part, name, path, kind, start, stop, first, rows))
+    ranges = [_RANGES[kind](path, shard_bytes) for _, path, kind in files]
+    parts = [_parts(_stem(name), len(found)) for (name, _, _), found in zip(files, ranges, strict=True)]
+    taken = Counter(part for names in parts for part in names)
+    shards: list[Shard] = []
+    for (name, path, kind), found, names in zip(files, ranges, parts, strict=True):
+        if any(taken[part] > 1 for part in names):
+            names = _parts(name, len(found))
+        shards += [Shard(part, name, path, kind, *one) for part, one in zip(names, found, strict=True)]
+    for name, count in Counter(shard.name for shard in shards).items():
+        if count > 1:
+            both = " and ".join(shard.path for shard in shards if shard.name == name)
+            raise ValueError(f"{both} would be written to one name, {name!r}; rename one")
     packed = [shard for shard in shards if shard.path.endswith((".gz", ".zst"))]
     if large := [shard.path for shard in packed if os.path.getsize(shard.path) > shard_bytes]:
         logger.warning("compressed JSONL cannot be split, each file is one task: %s (%d such)", large[0], len(large))
-    return Source(shards, columns_of(shards[0]), {path: digest(path) for _, path, _ in files})
+    return Source(shards, columns_of(shards), {path: digest(path) for _, path, _ in files})
 
 
 def digest(path: str) -> str:
@@ -75,19 +82,35 @@ def digest(path: str) -> str:
         return f"{size}-{hashlib.blake2b(head + file.read(DIGESTED), digest_size=12).hexdigest()}"
 
 
-def columns_of(shard: Shard) -> list[str]:
-    """Names of the columns of a file; of JSONL the keys of its first row. Empty where the file cannot be read."""
+def columns_of(shards: list[Shard]) -> dict[str, list[str]]:
+    """Names of the columns of each file that has a row that can be read."""
+    wholes = {shard.path: shard._replace(start=0, stop=-1) for shard in shards}
+    return {path: names for path, whole in wholes.items() if (names := _columns(whole))}
+
+
+def _columns(shard: Shard) -> list[str]:
+    """Names of the columns of a file, of JSONL the keys of its first rows. Empty where it cannot be read."""
+    keys: dict[str, None] = {}
     try:
         if shard.kind == "parquet":
             return pq.read_schema(shard.path).names
         if shard.kind == "arrow":
             with pa.memory_map(shard.path) as file, pa.ipc.open_stream(file) as stream:
                 return stream.schema.names
-        with open_lines(shard.path) as file:
-            row = orjson.loads(file.readline(1 << 26))
-            return list(row) if isinstance(row, dict) else []
-    except (ValueError, OSError, EOFError):
-        return []  # named with its row when the shard is read
+        rows = (_keys(line) for _, _, line in lines(shard, 1 << 26))
+        for names in islice(filter(None, rows), LOOKED_AT):
+            keys |= dict.fromkeys(names)
+    except (ValueError, OSError, EOFError, zlib.error):
+        pass  # named with its row when the shard is read
+    return list(keys)
+
+
+def _keys(line: bytes | None) -> list[str]:
+    try:
+        row: Any = orjson.loads(line or b"")
+    except orjson.JSONDecodeError:
+        return []
+    return list(row) if isinstance(row, dict) else []
 
 
 def open_lines(path: str) -> io.BufferedIOBase:
@@ -124,10 +147,18 @@ class _Zstd(io.RawIOBase):
                 return 0
             if self.decoder is None or self.decoder.eof:
                 self.decoder = zstandard.ZstdDecompressor().decompressobj()
-            self.ready = memoryview(self.decoder.decompress(packed))
+            try:
+                self.ready = memoryview(self.decoder.decompress(packed))
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
         count = min(len(buffer), len(self.ready))
         buffer[:count], self.ready = self.ready[:count], self.ready[count:]
         return count
+
+
+def _parts(stem: str, number: int) -> list[str]:
+    """Names of the shards of a file."""
+    return [f"{stem}.{part:05d}" for part in range(number)] if number > 1 else [stem]
 
 
 def _stem(name: str) -> str:
@@ -139,6 +170,10 @@ def _stem(name: str) -> str:
 def _files(source: str, split: str | None) -> list[tuple[str, str, str]]:
     """(name, path, kind) of each file, sorted by name."""
     path = Path(source)
+    if split and "[" in split:
+        raise ValueError(f"`--split` {split!r}: only whole splits are read; name one without brackets")
+    if split and (path.is_file() or path.is_dir()) and not (path / "dataset_dict.json").is_file():
+        raise ValueError(f"`--split` {split!r}: {source} has no splits; only a Hub id or a saved `DatasetDict` has")
     if path.is_file():
         if not source.endswith(ENDINGS):
             raise ValueError(f"{source} is none of {', '.join(ENDINGS)}")
@@ -147,9 +182,12 @@ def _files(source: str, split: str | None) -> list[tuple[str, str, str]]:
         if "://" in source or source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise ValueError(f"{source} is no file, no folder, and no Hub id such as owner/name")
         return _hub(source, split)
-    if saved := _saved(path):
+    if saved := _saved(path, split):
         return saved
     found = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and not file.name.startswith("."))
+    found = [file for file in found if not file.is_dir()]  # Spark names folders so
+    if lost := [file for file in found if not file.exists()]:
+        raise ValueError(f"{lost[0]} is a link to nothing; mend or remove it")
     if not found:
         raise ValueError(f"{source} holds nothing to read: no {', '.join(ENDINGS)}, and no dataset saved to disk")
     return [(str(file.relative_to(path)), str(file.resolve()), _kind(file.name)) for file in found]
@@ -159,10 +197,13 @@ def _kind(name: str) -> str:
     return "parquet" if name.endswith(".parquet") else "jsonl"
 
 
-def _saved(path: Path) -> list[tuple[str, str, str]]:
-    """The Arrow files of `Dataset.save_to_disk`, or of each split of a `DatasetDict`."""
+def _saved(path: Path, split: str | None = None) -> list[tuple[str, str, str]]:
+    """The Arrow files of `Dataset.save_to_disk`, or of a split of a `DatasetDict`, by default of each."""
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if split and split not in splits:
+            raise ValueError(f"`--split` {split!r} is none of {path}; there are {', '.join(splits)}")
+        splits = [split] if split else splits
         return [(f"{split}/{name}", file, kind) for split in splits for name, file, kind in _saved(path / split)]
     if not (path / "state.json").is_file():
         return []

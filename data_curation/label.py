@@ -4,12 +4,14 @@
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from data_curation.facets import FACETS, STANCES
 RUBRIC = Path(__file__).parent / "rubric.txt"
 ATTEMPTS = 3  # at an answer that can be used; each with a seed of its own
 KEPT = ("id", "writer", "text", "genre", "event", "pair", "cell", "tone")  # of the input, where it has them
+BEGIN = b'{"id": '  # of each row of the output
 ANSWER_TOKENS, TEMPERATURE = 700, 0.2  # at 0 a second attempt would repeat the first
 
 
@@ -33,23 +36,27 @@ def read_rows(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSONL file")
-    seen = set()
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{where}: not JSON in UTF-8 ({error}); each line is one JSON object") from error
-            if not isinstance(row, dict) or (missing := {"id", "text", *needed} - row.keys()):
-                lacking = ", ".join(sorted(missing)) if isinstance(row, dict) else "an object"
-                raise ValueError(f"{where}: lacks {lacking}; each line needs {', '.join(('id', 'text', *needed))}")
-            if not isinstance(row["text"], str) or not row["text"].strip():
-                raise ValueError(f"{where}: `text` is not a text with words in it")
-            if row["id"] in seen:
-                raise ValueError(f"{where}: the id {row['id']!r} stands there twice; give each row its own")
-            seen.add(row["id"])
-            yield row
+        yield from _rows(file, path, needed)
+
+
+def _rows(lines: Iterable[bytes], path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{where}: not JSON in UTF-8 ({error}); each line is one JSON object") from error
+        if not isinstance(row, dict) or (missing := {"id", "text", *needed} - row.keys()):
+            lacking = ", ".join(sorted(missing)) if isinstance(row, dict) else "an object"
+            raise ValueError(f"{where}: lacks {lacking}; each line needs {', '.join(('id', 'text', *needed))}")
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise ValueError(f"{where}: `text` is not a text with words in it")
+        if row["id"] in seen:
+            raise ValueError(f"{where}: the id {row['id']!r} stands there twice; give each row its own")
+        seen.add(row["id"])
+        yield row
 
 
 def label(
@@ -63,6 +70,8 @@ def label(
     Raises:
         ValueError: a bad row, `out` holds labels of another teacher or rubric, or the server does not answer.
     """
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the input itself; choose another `--out`")
     rows = list(read_rows(source))
     teacher = {"model": model, "rubric": hashlib.sha256(RUBRIC.read_bytes()).hexdigest()[:12]}
     done = _done(out, teacher)
@@ -86,18 +95,26 @@ def label(
 
 
 def _done(out: Path, teacher: dict[str, str]) -> set[str]:
-    """The ids that `out` holds, all by this teacher; cuts off a last line that a kill left half written."""
+    """The ids that `out` holds, all by this teacher; then cuts off a last line that a kill left half written."""
     if not out.is_file():
         return set()
-    content = out.read_bytes()
-    if not content.endswith(b"\n"):
-        with out.open("rb+") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-    done = set()
-    for row in read_rows(out):
+    content, done = out.read_bytes(), set()
+    end = content.rfind(b"\n") + 1
+    rest = content[end:]
+    with suppress(ValueError):
+        json.loads(rest)
+        end = len(content)  # a whole row, without the end of its line
+    for row in _rows(io.BytesIO(content[:end]), out, ()):
         if row.get("teacher") != teacher:
             raise ValueError(f"{out} holds labels by {row.get('teacher')}, not by {teacher}; choose another `--out`")
         done.add(row["id"])
+    if end < len(content) and rest[: len(BEGIN)] != BEGIN[: len(rest)]:
+        raise ValueError(f"{out} ends with {rest[:20]!r}, which no call has left there; choose another `--out`")
+    if rest:
+        with out.open("rb+") as file:
+            file.truncate(end)
+            file.seek(end)
+            file.write(b"\n" if end == len(content) else b"")
     return done
 
 

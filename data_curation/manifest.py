@@ -1,5 +1,6 @@
 """What a folder of results was made from, so that nothing else is ever mixed into it; and whether it is complete."""
 
+import hashlib
 import json
 import shutil
 from itertools import pairwise
@@ -15,6 +16,8 @@ from data_curation.writing import key_hash, write_json
 
 LAYOUT = 1
 MANIFEST, SHARDS, STATE = "run.json", "shards.json", "state"
+PARTS = (STATE, "scores", "columns", "weights", "documents", "kept", "dropped", "tagged", "cooldown")
+FILES = ("set_aside.jsonl", "table.json")
 SHOWN = 60  # characters of a value in a message
 AT_ONCE = 1 << 18  # hashes of ids in memory
 
@@ -24,10 +27,14 @@ def open_run(
 ) -> None:
     """Makes a folder of results, or finds the one that was begun with exactly this; `told` is kept, not compared.
 
+    With `fresh` what the folder holds of an earlier run is removed, whatever that was made from.
+
     Raises:
         ValueError: the folder holds something else, or was begun with another input, scorer or option.
     """
-    made_from = json.loads(json.dumps({"kind": kind, "layout": LAYOUT, **made_from, "shards": len(shards)}))
+    ranges = json.dumps([(shard.name, shard.file, shard.start, shard.stop) for shard in shards])
+    cut = f"{len(shards)} (digest {hashlib.blake2b(ranges.encode(), digest_size=8).hexdigest()})"
+    made_from = json.loads(json.dumps({"kind": kind, "layout": LAYOUT, **made_from, "shards": cut}))
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out takes a folder")
     if (out / MANIFEST).is_file():
@@ -35,27 +42,32 @@ def open_run(
         if _value(before, "kind") != kind:
             raise ValueError(f"{out} holds the result of `curate {_value(before, 'kind')}`; name another folder")
         changed = sorted(key for key in before["made_from"] | made_from if _value(before, key) != made_from.get(key))
-        if not changed:
+        if not changed and not fresh:
             return
         if not fresh:
             what = "; ".join(_told(key, _value(before, key), made_from.get(key)) for key in changed[:3])
             raise ValueError(f"{out} was begun otherwise: {what}; take another --out, or --fresh to replace it")
-        for part in before["parts"]:
-            shutil.rmtree(out / part, ignore_errors=True)
+        write_json(out / MANIFEST, before | {"complete": False})  # first: a stop in the midst leaves nothing complete
+        for part in PARTS:
+            if (out / part).exists():
+                shutil.rmtree(out / part)
+        for file in FILES:
+            (out / file).unlink(missing_ok=True)
     elif out.is_dir() and any(path.name != SHARDS and path.suffix != ".partial" for path in out.iterdir()):
         raise ValueError(f"{out} holds other files and is no run of `curate`; name a new folder")
-    parts = [STATE, "scores", "columns", "weights", "documents", "kept", "dropped", "tagged", "cooldown"]
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / SHARDS, shards)
-    write_json(out / MANIFEST, {"made_from": made_from, "told": told, "parts": parts, "complete": False})
+    write_json(out / MANIFEST, {"made_from": made_from, "told": told, "complete": False})
 
 
 def load(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of results."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no folder of results of `curate`: it holds no {MANIFEST}") from error
+    if not isinstance(content, dict) or "kind" not in (content.get("made_from") or ()):
+        raise ValueError(f"{folder / MANIFEST} is not that of a run of `curate`; name another folder")
+    return content
 
 
 def load_complete(folder: Path, kind: str) -> dict[str, Any]:
@@ -94,13 +106,10 @@ def _told(key: str, before: Any, now: Any) -> str:
     return f"{key} was {before} and is {now}"
 
 
-def totals(
-    state: Path, shards: list[Shard], out: Path, folders: dict[str, str], whole: bool = False
-) -> dict[str, int]:
+def totals(state: Path, shards: list[Shard], out: Path, whole: bool = False) -> dict[str, int]:
     """Counts of a stage over all shards, after every output was found to hold what its record says.
 
     Args:
-        folders: output folder -> the count that its parquet files must hold.
         whole: every row of the files was to be read, not those with a score only.
     """
     sums: dict[str, int] = {}
@@ -113,10 +122,11 @@ def totals(
         if (whole and shard.rows not in (None, read)) or (counts["rows"] + counts["set_aside"] != read):
             wrong = f"{shard.rows} rows in the file, {read} read, {counts['rows']} written"
             raise ValueError(f"{shard.path} ({shard.name}): {wrong}, {counts['set_aside']} set aside; report this")
-        for folder, counted in folders.items():
-            path = out / folder / f"{shard.name}.parquet"
-            if counts.get(counted) and pq.read_metadata(path).num_rows != counts[counted]:
-                raise ValueError(f"{path} does not hold {counts[counted]} rows; remove it and run again")
+        for name, (size, rows) in record["files"].items():
+            path = out / name
+            sound = path.is_file() and path.stat().st_size == size
+            if not sound or (path.suffix == ".parquet" and pq.read_metadata(path).num_rows != rows):
+                raise ValueError(f"{path} does not hold the {rows} rows that were written; remove it and run again")
         for key, value in counts.items():
             sums[key] = sums.get(key, 0) + value
     return sums

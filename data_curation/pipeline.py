@@ -1,5 +1,6 @@
 """Runs datatrove steps over shards with the executor that a config names: local processes, Slurm or Ray."""
 
+import json
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from data_curation.documents import Fault
 from data_curation.inputs import Shard
-from data_curation.writing import ShardWriter, write_json
+from data_curation.writing import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,12 @@ def load_config(path: Path | None, workers: int | None) -> Config:
         raise ValueError(f"{path}: {what}; a config has executor, workers, slurm and ray")
     name = content.get("executor", "local")
     allowed = {"local": (), "slurm": SLURM, "ray": RAY}
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise ValueError(f"{path}: executor {name!r} is none of local, slurm, ray")
     options = content.get(name) or {}
+    if not isinstance(options, dict):
+        such = ", ".join(allowed[name])
+        raise ValueError(f"{path}: the section {name} is {options!r}; give options by name: {such}")
     if unknown := sorted(options.keys() - set(allowed[name])):
         raise ValueError(f"{path}: {name} has no option {unknown[0]!r}; there are {', '.join(allowed[name])}")
     number = workers if workers is not None else content.get("workers", 1)
@@ -77,7 +81,7 @@ def run(steps: list[Any], shards: list[Shard], out: Path, stage: str, config: Co
         Incomplete: some shards failed; the others are complete and stay.
     """
     state = out / "state" / stage
-    _forget(state, steps[-1])
+    _forget(state, out)
     executor = _executor(steps, len(shards), state, config)
     if executor.get_incomplete_ranks(range(len(shards))):
         if config.executor == "local":  # on a cluster others may be writing now
@@ -121,12 +125,12 @@ def failure(state: Path, shards: list[Shard], rank: int) -> str:
         return f"{shards[rank].path} ({shards[rank].name}): ended without a word, killed or out of memory"
 
 
-def _forget(state: Path, writer: ShardWriter) -> None:
-    """Takes back the completion of shards whose record or file has gone."""
+def _forget(state: Path, out: Path) -> None:
+    """Takes back the completion of shards whose record or one of whose files has gone."""
     for marker in (state / "completions").glob("*"):
-        rank = int(marker.name)
-        expected = [state / "records" / f"{rank:05d}.json", *writer.outputs(rank)]
-        if not all(path.is_file() for path in expected):
+        record = state / "records" / f"{int(marker.name):05d}.json"
+        files = json.loads(record.read_text(encoding="utf-8"))["files"] if record.is_file() else None
+        if files is None or not all((out / name).is_file() for name in files):
             marker.unlink()
 
 

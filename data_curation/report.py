@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -14,7 +15,7 @@ from data_curation import manifest
 from data_curation.documents import ROW
 from data_curation.facets import FACETS
 from data_curation.pipeline import Config
-from data_curation.runs import Scores, open_scores, pick_columns
+from data_curation.runs import Scores, open_scores, pick_columns, upper_end
 from data_curation.writing import write_bytes
 
 BINS = 20
@@ -22,6 +23,10 @@ EXAMPLES, EXCERPT = 4, 600  # on either side of a threshold; characters of each
 SAMPLED = 8  # shards whose documents may be examples: each has to be read
 MOST_GROUPS = 40  # rows of a group table
 FEWEST = 20  # scored documents of a group that is compared
+TITLE = "Text scored by the emotional regulation that it models"
+OURS = {"report.html": "<title>Curation: ", "README.md": f"pretty_name: {TITLE}\n"}  # near the beginning of each
+ESCAPES = {ord(sign): f"\\{sign}" for sign in "\\|[]*_~@"}
+ESCAPES |= str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "`": "'", "\n": " ", "\r": " "})
 OPTIONS = ("below", "edges", "tokens", "drop_out", "untagged", "seed", "beta", "floor", "cap", "topic", "format")
 OPTIONS += ("sample",)
 
@@ -32,6 +37,21 @@ class Share(NamedTuple):
     share: float
     low: float
     high: float
+
+
+class Cut(NamedTuple):
+    """A number that parts documents, by their regulation or by the upper end of its interval."""
+
+    at: float
+    upper: bool
+
+    @property
+    def name(self) -> str:
+        return "upper end of the interval " if self.upper else ""
+
+    def values(self, table: pa.Table) -> np.ndarray:
+        """What is compared with it, float32 [documents], NaN where there is no score."""
+        return upper_end(table) if self.upper else table["regulation"].to_numpy().astype(np.float32)
 
 
 def wilson(count: int, total: int) -> Share:
@@ -52,18 +72,26 @@ def write(
 ) -> None:
     """Writes report.html and README.md. Every value is escaped, in the page for HTML and in the card for Markdown.
 
+    Groups are compared by what a filter among the results kept, or without one, or where it is given, by `threshold`.
+
     Raises:
-        ValueError: a folder is not complete, or of other scores.
+        ValueError: a folder is not complete, or of other scores, no such column, or `out` holds another README.md.
     """
+    for name, begin in OURS.items():
+        if (out / name).exists() and begin not in (out / name).read_bytes()[:1000].decode(errors="replace"):
+            raise ValueError(f"{out / name} is not by `curate report`; choose another `--out`")
     scores = open_scores(folder)
+    groups = scores.columns([("--group-columns", group) for group in groups])
     parts = [_result(path, scores) for path in results]
+    filters = [cut for part in parts for cut in part["cuts"] if cut.upper and threshold is None]
     if threshold is None:
         threshold = scores.manifest["told"]["threshold"] or 0.5
-    thresholds = sorted({threshold, *(edge for part in parts for edge in part["thresholds"])})
+    own = Cut(threshold, upper=False)
+    cuts = sorted({own, *(cut for part in parts for cut in part["cuts"])})
     data: dict[str, Any] = {
         "folder": str(folder), "threshold": threshold, "results": parts,
         **{name: scores.manifest[name] for name in ("made_from", "told", "figures")}, **_distributions(scores),
-        "examples": _examples(scores, thresholds), "groups": _groups(scores, results, groups, threshold, config),
+        "examples": _examples(scores, cuts), "groups": _groups(scores, results, groups, [*filters, own][0], config),
     }  # fmt: skip
     data["files"] = len(data["made_from"]["input"])
     environment = Environment(
@@ -80,9 +108,8 @@ def _markdown(value: Any) -> Any:
     """A value that shows as it is in Markdown: neither markup, nor the end of a table's cell."""
     if not isinstance(value, str):
         return value
-    for sign, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'"), ("\n", " ")):
-        value = value.replace(sign, instead)
-    return value
+    value = value.translate(ESCAPES)
+    return value.replace("://", ":\\//").replace("www.", "www\\.")  # bare addresses become links too
 
 
 def _header(data: dict[str, Any]) -> str:
@@ -91,7 +118,7 @@ def _header(data: dict[str, Any]) -> str:
     size = next(name for limit, name in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"),
                                          (1e7, "1M<n<10M"), (math.inf, "n>10M")) if rows < limit)  # fmt: skip
     header = {
-        "pretty_name": "Text scored by the emotional regulation that it models",
+        "pretty_name": TITLE,
         "tags": ["emotional-regulation", "data-curation", "datatrove"],
         "size_categories": [size],
         "configs": [{"config_name": "scores", "data_files": "scores/**/*.parquet"}],
@@ -107,10 +134,11 @@ def _result(path: Path, scores: Scores) -> dict[str, Any]:
     if made_from["scores"] != str(scores.folder) or made_from["scorer"] != scores.manifest["made_from"]["scorer"]:
         raise ValueError(f"{path} was made from other scores ({made_from['scores']})")
     options = {name: made_from[name] for name in OPTIONS if name in made_from}
-    thresholds = [made_from["below"]] if "below" in made_from else made_from.get("edges", [])
+    cuts = [Cut(made_from["below"], upper=True)] if "below" in made_from else []
+    cuts += [Cut(edge, upper=False) for edge in made_from.get("edges", [])]
     counts = {name: value for name, value in found["figures"].items() if name != "fit"}
     fit = found["figures"].get("fit", {})
-    return {"path": str(path), "kind": made_from["kind"], "options": options, "thresholds": thresholds,
+    return {"path": str(path), "kind": made_from["kind"], "options": options, "cuts": cuts,
             "counts": counts, "fit": fit}  # fmt: skip
 
 
@@ -145,27 +173,27 @@ def _distributions(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _examples(scores: Scores, thresholds: list[float]) -> list[dict[str, Any]]:
-    """The documents nearest to each threshold on either side, from evenly spaced shards."""
+def _examples(scores: Scores, cuts: list[Cut]) -> list[dict[str, Any]]:
+    """The documents nearest to each cut on either side, from evenly spaced shards."""
     step = max(1, len(scores.shards) // SAMPLED)
     ranks = list(range(0, len(scores.shards), step))[:SAMPLED]
-    near: dict[tuple[float, str], list[tuple[float, int, int]]] = {}
+    near: dict[tuple[Cut, str], list[tuple[float, int, int]]] = {}
     for rank in ranks:
         shard = scores.shards[rank]
         path = scores.folder / "scores" / f"{shard.name}.parquet"
-        values = pq.read_table(path, columns=["regulation"])["regulation"].to_numpy()
-        for threshold in thresholds:
-            for side, chosen in (("below", values < threshold), ("at or above", values >= threshold)):
+        table = pq.read_table(path, columns=["regulation", "regulation_high"])
+        for cut in cuts:
+            values, edge = cut.values(table), np.float32(cut.at)
+            for side, chosen in (("below", values < edge), ("at or above", values >= edge)):
                 rows = np.flatnonzero(chosen)
-                rows = rows[np.argsort(np.abs(values[rows] - threshold), kind="stable")[:EXAMPLES]]
-                found = [(abs(float(values[row]) - threshold), rank, int(row)) for row in rows]
-                key = (threshold, side)
-                near[key] = sorted(near.get(key, []) + found)[:EXAMPLES]
+                rows = rows[np.argsort(np.abs(values[rows] - edge), kind="stable")[:EXAMPLES]]
+                found = [(abs(float(values[row]) - cut.at), rank, int(row)) for row in rows]
+                near[cut, side] = sorted(near.get((cut, side), []) + found)[:EXAMPLES]
     wanted = {(rank, row) for found in near.values() for _, rank, row in found}
     texts = _texts(scores, wanted)
     return [
-        {"threshold": threshold, "side": side, "documents": [texts[rank, row] for _, rank, row in found]}
-        for (threshold, side), found in near.items()
+        {"side": f"{cut.name}{side} {cut.at}", "documents": [texts[rank, row] for _, rank, row in found]}
+        for (cut, side), found in near.items()
     ]
 
 
@@ -181,7 +209,8 @@ def _texts(scores: Scores, wanted: set[tuple[int, int]]) -> dict[tuple[int, int]
                 highest = sorted(((values[name] or 0, name) for name in FACETS), reverse=True)[:4]
                 found[rank, row] = {
                     "id": document.id, "text": document.text[:EXCERPT], "cut": len(document.text) > EXCERPT,
-                    "regulation": values["regulation"], "stance": values["stance"], "row": values[ROW],
+                    "regulation": values["regulation"], "upper": values["regulation_high"],
+                    "stance": values["stance"], "row": values[ROW],
                     "facets": ", ".join(f"{name} {value:.2f}" for value, name in highest),
                 }  # fmt: skip
             if row == last:
@@ -190,29 +219,28 @@ def _texts(scores: Scores, wanted: set[tuple[int, int]]) -> dict[tuple[int, int]
 
 
 def _groups(
-    scores: Scores, results: list[Path], columns: tuple[str, ...], threshold: float, config: Config
+    scores: Scores, results: list[Path], columns: tuple[str, ...], cut: Cut, config: Config
 ) -> list[dict[str, Any]]:
-    """For each group: how many have a score, how many of them reach the threshold, and what the results did."""
+    """For each group: how many have a score, how many of them reach the cut, and what the results did."""
     if not columns:
         return []
     with tempfile.TemporaryDirectory(prefix="curate-") as folder:
         pick_columns(scores, Path(folder), columns, config)
-        return [_group(scores, results, Path(folder), column, threshold) for column in columns]
+        return [_group(scores, results, Path(folder), column, cut) for column in columns]
 
 
-def _group(scores: Scores, results: list[Path], folder: Path, column: str, threshold: float) -> dict[str, Any]:
-    sums: dict[str, np.ndarray] = {}  # group -> documents, scored, kept at the threshold, sum of weights, weighted
+def _group(scores: Scores, results: list[Path], folder: Path, column: str, cut: Cut) -> dict[str, Any]:
+    sums: dict[str, np.ndarray] = {}  # group -> documents, scored, kept, sum of weights
     weights = [path / "weights" for path in results if (path / "weights").is_dir()][:1]
-    tables = scores.tables(["regulation"])
+    tables = scores.tables(["regulation", "regulation_high"])
     for shard, table in zip(scores.shards, tables, strict=True):
-        regulation = table["regulation"].to_numpy()
+        values = cut.values(table)
         names = list(map(str, pq.read_table(folder / "columns" / f"{shard.name}.parquet")[column].to_pylist()))
         weight = np.zeros(len(names))
         if weights:
             weight = pq.read_table(weights[0] / f"{shard.name}.parquet")["weight"].to_numpy()
         labels, place = np.unique(np.array(names, dtype=object), return_inverse=True) if names else ([], [])
-        scored = ~np.isnan(regulation)
-        parts = (np.ones(len(names)), scored, regulation >= threshold, weight)
+        parts = (np.ones(len(names)), ~np.isnan(values), values >= np.float32(cut.at), weight)
         counted = np.stack([np.bincount(place, part, len(labels)) for part in parts], 1) if len(names) else []
         for label, row in zip(labels, counted, strict=True):
             sums[label] = sums.get(label, np.zeros(4)) + row
@@ -224,4 +252,9 @@ def _group(scores: Scores, results: list[Path], folder: Path, column: str, thres
         ratio = share.share / others if share and others else None
         rows.append({"name": label, "documents": int(number), "scored": int(scored), "kept": share, "ratio": ratio,
                      "weight": weight / number if weights else None})  # fmt: skip
-    return {"column": column, "rows": rows, "left": max(0, len(sums) - MOST_GROUPS)}
+    return {
+        "column": column,
+        "cut": f"{cut.name or 'regulation '}at {cut.at}",
+        "rows": rows,
+        "left": max(0, len(sums) - MOST_GROUPS),
+    }

@@ -1,6 +1,7 @@
 """What `curate score`, `filter`, `tag` and `reweight` do: folders of results from one input or from scores."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from data_curation import blocks, manifest, selection
 from data_curation.documents import Picked, ScoredReader, ShardReader, SidecarReader
-from data_curation.inputs import Shard, find
+from data_curation.inputs import Shard, columns_of, find
 from data_curation.pipeline import Config, run
 from data_curation.writing import ShardWriter, write_bytes, write_json
 
@@ -48,17 +49,15 @@ def score(
     """
     if shard_mb < 1 or max_characters < 1:
         raise ValueError(f"`--shard-mb` {shard_mb} and `--max-characters` {max_characters} are at least 1")
+    if number_rows and id_column is not None:
+        raise ValueError(f"`--number-rows` and `--id-column` {id_column!r}: ids are one or the other; give one")
     found, out = find(source, shard_mb << 20, split), out.resolve()
     scorer = str(Path(scorer).resolve()) if Path(scorer).is_dir() else scorer  # workers may stand elsewhere
-    if found.columns and text_column not in found.columns:
-        first = found.shards[0].path
-        raise ValueError(
-            f"{first} has no column {text_column!r}; there are {', '.join(found.columns)} (--text-column)"
-        )
-    if id_column is None and not number_rows and "id" in found.columns:
-        id_column = "id"
-    if id_column is not None and found.columns and id_column not in found.columns:
-        raise ValueError(f"no column {id_column!r} for ids; there are {', '.join(found.columns)}, or --number-rows")
+    if not number_rows:
+        id_column = _ids(found.columns, id_column)
+    for option, column in (("--text-column", text_column), ("--id-column", id_column)):
+        if column is not None:
+            check_column(found.columns, option, column)
     loaded = load(source=scorer, tier=tier, model=model)
     reading = loaded.second or loaded.first  # what its scores are compared with by default comes from the fit
     told = {"threshold": reading.tier.settings["threshold"] if reading else None, "scorer": scorer, "model": model}
@@ -66,18 +65,37 @@ def score(
     made_from |= {"id_column": id_column, "max_characters": max_characters}
     manifest.open_run(out, "score", made_from, found.shards, fresh, **told)
     state = out / manifest.STATE / "score"
-    reader = ShardReader(found.shards, text_column, id_column, (), set_aside, max_characters)
+    without_ids = id_column is None and not number_rows
+    reader = ShardReader(found.shards, text_column, id_column, (), set_aside, max_characters, without_ids)
     sidecar = (types or blocks.column_types()) | {"characters": pa.int32()}
     annotator = blocks.RegulationScorer(scorer, tier, model, loaded.hash, load)
     writer = ShardWriter(found.shards, str(out), str(state), ("scores", sidecar))
     if not run([reader, annotator, writer], found.shards, out, "score", config):
         return None
-    figures = manifest.totals(state, found.shards, out, {"scores": "rows"}, whole=True)
+    figures = manifest.totals(state, found.shards, out, whole=True)
     if repeated := manifest.repeated_id(state, reader):
         raise ValueError(f"{repeated}; name a column of unique ids with --id-column, or take --number-rows")
     if aside := manifest.faults(state, found.shards):
         write_bytes(out / "set_aside.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in aside))
     return manifest.finish(out, figures)
+
+
+def _ids(columns: dict[str, list[str]], id_column: str | None) -> str | None:
+    """The column of ids: the one named, or `id` where all files have it."""
+    having = [path for path, names in columns.items() if "id" in names]
+    if id_column is not None or not having:
+        return id_column
+    if lacking := [path for path, names in columns.items() if "id" not in names]:
+        other = "give --number-rows, or --id-column with a column that all files have"
+        raise ValueError(f"{having[0]} has a column 'id' and {lacking[0]} has none; {other}")
+    return "id"
+
+
+def check_column(columns: dict[str, list[str]], option: str, column: str) -> None:
+    """Raises ValueError where no file has the column that an option names."""
+    there = dict.fromkeys(name for names in columns.values() for name in names)
+    if there and column not in there:
+        raise ValueError(f"`{option}` {column!r}: no such column; there are {', '.join(there)}")
 
 
 class Scores(NamedTuple):
@@ -90,13 +108,21 @@ class Scores(NamedTuple):
     def reader(self, columns: tuple[str, ...] | None) -> ScoredReader:
         made_from = self.manifest["made_from"]
         options = {name: made_from[name] for name in ("text_column", "id_column", "max_characters")}
-        return ScoredReader(self.shards, str(self.folder / "scores"), columns=columns, set_aside=True, **options)
+        return ScoredReader(self.shards, str(self.folder), columns=columns, **options)
 
     def made_from(self, **options: Any) -> dict[str, Any]:
         """What a result of these scores depends on."""
         before = self.manifest["made_from"]
-        scores = {"scores": str(self.folder), "scorer": before["scorer"], "input": before["input"]}
-        return scores | {"rows": self.manifest["figures"]["rows"]} | options
+        read = ("scorer", "input", "text_column", "id_column", "max_characters")
+        scores = {"scores": str(self.folder), "rows": self.manifest["figures"]["rows"]}
+        return scores | {name: before[name] for name in read} | options
+
+    def columns(self, named: list[tuple[str, str | None]]) -> tuple[str, ...]:
+        """The columns of the input that options name, each once; ValueError where there is no such column."""
+        known, chosen = columns_of(self.shards), [(option, column) for option, column in named if column]
+        for option, column in chosen:
+            check_column(known, option, column)
+        return tuple(dict.fromkeys(column for _, column in chosen))
 
     def tables(self, names: list[str]) -> Iterator[pa.Table]:
         """These columns of the sidecar, a shard at a time."""
@@ -106,7 +132,11 @@ class Scores(NamedTuple):
 
 def open_scores(folder: Path) -> Scores:
     folder = folder.resolve()
-    return Scores(folder, manifest.load_complete(folder, "score"), manifest.load_shards(folder))
+    scores = Scores(folder, manifest.load_complete(folder, "score"), manifest.load_shards(folder))
+    for shard in scores.shards:
+        if not (path := folder / "scores" / f"{shard.name}.parquet").is_file():
+            raise ValueError(f"{path} is gone; run its `curate score` again, it writes what is missing")
+    return scores
 
 
 def added_types(scores: Scores, **more: pa.DataType) -> dict[str, pa.DataType]:
@@ -126,19 +156,23 @@ def filter_tail(
     scores = open_scores(folder)
     if not 0 < below < 1 or not 0 < max_share <= 1:
         raise ValueError(f"`--below` {below:g} and `--max-share` {max_share:g} lie between 0 and 1")
-    number = sum(_tail(table, below) for table in scores.tables(["regulation", "regulation_high"]))
+    number = sum(
+        int((upper_end(table) < np.float32(below)).sum()) for table in scores.tables(["regulation", "regulation_high"])
+    )
     rows = scores.manifest["figures"]["rows"]
     if number > max_share * rows:
         more = f"{number} of {rows} documents ({number / rows:.1%}) lie below {below:g}, more than --max-share"
         raise ValueError(f"{more} {max_share:g}: a filter is for the tail; lower --below, or use `curate reweight`")
     steps = [scores.reader(None), blocks.RegulationFilter(below, drop=False)]
-    made_from = scores.made_from(below=below)
-    return _documents(scores, out, "filter", made_from, steps, {"filter_reason": pa.string()}, config, fresh)
+    made_from, most = scores.made_from(below=below), max_share * rows
+    added = {"filter_reason": pa.string()}
+    return _documents(scores, out, "filter", made_from, steps, added, config, fresh, most=most)
 
 
-def _tail(table: pa.Table, below: float) -> int:
-    low, high = (column.to_numpy() for column in table.columns)
-    return int((np.where(np.isnan(high), low, high) < below).sum())
+def upper_end(table: pa.Table) -> np.ndarray:
+    """What a filter goes by, as `blocks.drop_reason`: float32 [documents], NaN where there is no score."""
+    regulation, high = (table[name].to_numpy().astype(np.float32) for name in ("regulation", "regulation_high"))
+    return np.where(np.isnan(high), regulation, high)
 
 
 def by_reason(document) -> list[str]:
@@ -184,8 +218,9 @@ def tag(
 def _documents(
     scores: Scores, out: Path, kind: str, made_from: dict, steps: list, added: dict, config: Config, fresh: bool,
     figures: dict[str, Any] | None = None, sidecar: tuple[str, dict[str, pa.DataType]] | None = None,
+    most: float = math.inf,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Runs a selection that writes documents, and checks that each went somewhere."""
+    """Runs a selection that writes documents, and checks that each went somewhere, and at most `most` of a filter."""
     out = out.resolve()
     manifest.open_run(out, kind, made_from, scores.shards, fresh)
     state = out / manifest.STATE / kind
@@ -194,12 +229,13 @@ def _documents(
     writer = ShardWriter(scores.shards, str(out), str(state), sidecar, ROUTES[kind], types, text_column)
     if not run([*steps, writer], scores.shards, out, kind, config):
         return None
-    folders = {} if any(shard.kind == "jsonl" for shard in scores.shards) else dict.fromkeys(FOLDERS[kind])
-    sums = manifest.totals(state, scores.shards, out, {name: name for name in folders})
+    sums = manifest.totals(state, scores.shards, out)
     if (rows := scores.manifest["figures"]["rows"]) != sums["rows"]:
         raise ValueError(f"{scores.folder} holds {rows} scores, and {sums['rows']} documents were read; score again")
     if kind != "reweight" and sums["rows"] != sum(sums.get(name, 0) for name in FOLDERS[kind]):
         raise ValueError(f"{out}: of {sums['rows']} documents some were neither kept nor dropped; report this")
+    if sums.get("dropped", 0) > most:
+        raise ValueError(f"{out}: {sums['dropped']} documents were dropped, {most:g} may be; report this")
     return manifest.finish(out, sums | ({"fit": figures} if figures else {}))
 
 
@@ -226,7 +262,7 @@ def reweight(
     """
     scores, out = open_scores(folder), out.resolve()
     made_from = scores.made_from(beta=beta, floor=floor, cap=cap, topic=topic, format=form, sample=sample, seed=seed)
-    columns = tuple(dict.fromkeys(name for name in (topic, form) if name))
+    columns = scores.columns([("--topic-column", topic), ("--format-column", form)])
     selection.check(beta, floor, cap)
     manifest.open_run(out, "reweight", made_from, scores.shards, fresh)
     if columns and not pick_columns(scores, out, columns, config):
@@ -245,7 +281,7 @@ def reweight(
     writer = ShardWriter(scores.shards, str(out), str(state), ("weights", ADDED))
     if not run([*steps, writer], scores.shards, out, "reweight", config):
         return None
-    sums = manifest.totals(state, scores.shards, out, {"weights": "rows"})
+    sums = manifest.totals(state, scores.shards, out)
     return manifest.finish(out, sums | {"fit": fit.figures})
 
 

@@ -63,7 +63,8 @@ def load_scorer(source: str = "default", tier: str = "auto", model: str | None =
             it was fitted on.
 
     Raises:
-        ValueError: no such tier, no scorer in the folder, or a model of another shape than the scorer's.
+        ValueError: no such tier, no scorer in the folder, a model where none is used, or one of another shape than the
+            scorer's.
 
     Example:
         >>> load_scorer(tier="1").score(["I was furious, so I walked once round the block and then I rang her."])
@@ -81,6 +82,9 @@ def load_scorer(source: str = "default", tier: str = "auto", model: str | None =
         raise ValueError(f"scorer {source!r} has format {config.get('format')}, not {FORMAT}; fit it again")
     if tier == "2" and "tier2" not in config:
         raise ValueError(f"scorer {source!r} has no tier 2; use tier 1, or fit it with `--model`")
+    if model is not None and (tier == "1" or "tier2" not in config):
+        why = "tier 1 reads with no model" if tier == "1" else f"scorer {source!r} has no tier 2"
+        raise ValueError(f"`model` {model!r}: {why}; leave it out")
     digest = hashlib.sha256(tier.encode() + content)
     for file in ("tier1.safetensors", "tier2.safetensors"):
         if (folder / file).is_file():

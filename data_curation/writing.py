@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+from array import array
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,12 +32,13 @@ def aside_of(path: Path) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    aside = aside_of(path)
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _told(str(path)):
+        aside = aside_of(path)
+        try:
+            aside.write_bytes(content)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -51,8 +53,9 @@ def key_hash(key: str) -> int:
 class ShardWriter(PipelineStep):
     """Writes a parquet file of columns (`sidecar`: folder and types), or documents where `route` says, or both.
 
-    The record of a shard, written last, says how many rows were read, written where, and set aside. A shard that
-    ends with an error leaves one line in `state/failures` instead, so that every executor reports alike.
+    The record of a shard, written last, says how many rows were read, written where, and set aside, and the size and
+    the rows of each file. A shard that ends with an error leaves one line in `state/failures` instead, so that every
+    executor reports alike.
     """
 
     type, name = "💽 - WRITER", "shard"
@@ -71,23 +74,19 @@ class ShardWriter(PipelineStep):
         self.shards, self.out, self.state = shards, out, state
         self.sidecar, self.route, self.added, self.text_column = sidecar, route, added or {}, text_column
 
-    def outputs(self, rank: int) -> list[Path]:
-        """Files that a complete shard must have left, where that is known before it is read."""
-        return [Path(self.out) / self.sidecar[0] / f"{self.shards[rank].name}.parquet"] if self.sidecar else []
-
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         state, shard = Path(self.state), self.shards[rank]
         failure = state / "failures" / f"{rank:05d}.json"
-        self.counts, self.faults, self.hashes = {"rows": 0, "characters": 0}, [], []
+        self.counts, self.faults, self.hashes = {"rows": 0, "characters": 0}, [], array("Q")
         try:
             with _together(self.out) as files:
                 yield from self._write(data, shard, files)
-            self._record(state, rank, shard)
+            self._record(state, rank, shard, files)
             failure.unlink(missing_ok=True)
         except (ValueError, OSError, MemoryError, pa.ArrowException) as error:
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             line = line if isinstance(error, Fault) else f"{shard.path}: {line}"
-            with suppress(OSError):  # a full disk cannot hold the line either
+            with suppress(Fault):  # a full disk cannot hold the line either
                 write_json(failure, {"name": shard.name, "line": line})
             raise Fault(line) from error
 
@@ -125,14 +124,14 @@ class ShardWriter(PipelineStep):
     def _count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
 
-    def _record(self, state: Path, rank: int, shard: Shard) -> None:
-        """Sorted hashes of the ids, then the counts with the rows that were set aside."""
-        with _told(self.out):
-            if self.sidecar:
-                hashes = np.sort(np.array(self.hashes, dtype=np.uint64))
-                write_bytes(state / "ids" / f"{rank:05d}.bin", hashes.tobytes())
-            record = {"name": shard.name, "counts": self.counts, "faults": self.faults}
-            write_json(state / "records" / f"{rank:05d}.json", record)
+    def _record(self, state: Path, rank: int, shard: Shard, files: dict[str, "_File"]) -> None:
+        """Sorted hashes of the ids, then the counts with the files and the rows that were set aside."""
+        if self.sidecar:
+            hashes = np.sort(np.array(self.hashes, dtype=np.uint64))
+            write_bytes(state / "ids" / f"{rank:05d}.bin", hashes.tobytes())
+        written = {os.path.relpath(f.path, self.out): (f.path.stat().st_size, f.written) for f in files.values()}
+        record = {"name": shard.name, "counts": self.counts, "faults": self.faults, "files": written}
+        write_json(state / "records" / f"{rank:05d}.json", record)
 
 
 @contextmanager
@@ -167,11 +166,12 @@ class _Table:
     """Rows -> a parquet file of a given schema: neither a first None nor a late column changes a type."""
 
     def __init__(self, path: Path, schema: pa.Schema):
-        self.path, self.aside, self.schema, self.rows = path, aside_of(path), schema, []
+        self.path, self.aside, self.schema, self.rows, self.written = path, aside_of(path), schema, [], 0
         self.writer = pq.ParquetWriter(self.aside, schema, compression="zstd")
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self.written += 1
         if len(self.rows) == GROUP_ROWS:
             self._flush()
 
@@ -190,7 +190,7 @@ class _Lines:
     """Rows -> a JSONL file, compressed as its ending says; the same rows give the same bytes."""
 
     def __init__(self, path: Path):
-        self.path, self.aside = path, aside_of(path)
+        self.path, self.aside, self.written = path, aside_of(path), 0
         self.raw = open(self.aside, "wb")  # noqa: SIM115 -- closed with the shard
         self.file: Any = self.raw
         if path.name.endswith(".gz"):
@@ -200,6 +200,7 @@ class _Lines:
 
     def add(self, row: dict[str, Any]) -> None:
         self.file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self.written += 1
 
     def close(self) -> None:
         if not self.raw.closed:

@@ -69,6 +69,7 @@ def test_the_blocks_stand_in_a_pipeline_of_datatrove(tmp_path):
     [
         ({"regulation": 0.09, "regulation_high": 0.12}, None),  # the interval reaches above
         ({"regulation": 0.09, "regulation_high": 0.1}, None),
+        ({"regulation": float(np.float32(0.09)), "regulation_high": float(np.float32(0.1))}, None),  # as it is kept
         ({"regulation": None, "regulation_high": None}, None),
         ({"regulation": 0.12, "regulation_high": None}, None),
         ({"regulation": 0.05, "regulation_high": None}, "regulation 0.050, at most 0.050, is below 0.1"),
@@ -110,6 +111,8 @@ def test_bands_drop_out_and_cooldown():
     scores = [0.0, 0.34, 0.35, 0.64, 0.65, 1.0, None]
     tagged = [d.text for d in tagger.run([document(score, str(i)) for i, score in enumerate(scores)])]
     assert tagged == ["<l>text", "<l>text", "<m>text", "<m>text", "<h>text", "<h>text", "text"]
+    kept = [document(float(np.float32(score)), str(i)) for i, score in enumerate((0.35, 0.65))]
+    assert [d.text for d in tagger.run(kept)] == ["<m>text", "<h>text"]  # 0.35 is 0.3499999940 as float32
     many = [document(0.9, str(i)) for i in range(5000)]
     reasons = [d.metadata["tag_reason"] for d in Tagger((0.35, 0.65), ("<l>", "<m>", "<h>"), 0.2, 0.1).run(many)]
     assert reasons.count("cooldown") / 5000 == pytest.approx(0.1, abs=0.015)
@@ -159,6 +162,74 @@ def test_filter_is_for_the_tail(scored, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"`--below` 1\.5 and `--max-share` 0\.05 lie between 0 and 1"):
         filter_tail(scored, tmp_path / "out", below=1.5)
+
+
+def test_scores_at_the_edge_do_not_slip_past_the_greatest_share(tmp_path, monkeypatch):
+    """An upper end of 0.35, as float32 a little less, was not counted as the tail, and then dropped 20 of 20."""
+    write_jsonl(tmp_path / "a.jsonl", [{"id": i, "text": f"SCORE 0.33 {i}"} for i in range(20)])
+    score(tmp_path / "a.jsonl", tmp_path / "scores")
+    assert filter_tail(tmp_path / "scores", tmp_path / "out", below=0.35)["figures"]["kept"] == 20
+    monkeypatch.setattr("data_curation.runs.upper_end", lambda table: np.ones(table.num_rows, np.float32))
+    with pytest.raises(ValueError, match="20 documents were dropped, 1 may be; report this"):
+        filter_tail(tmp_path / "scores", tmp_path / "low", below=0.36)
+    assert not json.loads((tmp_path / "low/run.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_lost_or_cut_output_is_noticed(tmp_path, kind):
+    """Of JSONL nothing said so; of parquet the same command failed for ever after."""
+    rows = [{"id": str(i), "text": f"SCORE 0.{i}"} for i in range(10)]
+    (write_parquet if kind == "parquet" else write_jsonl)(tmp_path / f"a.{kind}", rows)
+    score(tmp_path / f"a.{kind}", tmp_path / "scores")
+
+    def again(command, folder, *options, **more):
+        out = tmp_path / command.__name__
+        command(tmp_path / "scores", out, *options, **more)
+        path = out / folder / f"a.{kind}"
+        before = path.read_bytes()
+        path.unlink()
+        command(tmp_path / "scores", out, *options, **more)
+        assert path.read_bytes() == before
+        path.write_bytes(before[:-1])
+        with pytest.raises(
+            ValueError, match=rf"a\.{kind} does not hold the \d+ rows that were written; remove it and run"
+        ):
+            command(tmp_path / "scores", out, *options, **more)
+
+    again(filter_tail, "kept", 0.3, max_share=1)
+    again(tag, "tagged", (0.3, 0.7), ("<l>", "<m>", "<h>"))
+    again(reweight, "documents", sample=True)
+
+
+def test_scores_of_another_column_are_not_taken_for_the_same(tmp_path):
+    """Scored again into the same folder, by other texts: the selection made before was still said to be complete."""
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "text": "SCORE 0.1", "other": "SCORE 0.9"}])
+    score(tmp_path / "a.jsonl", tmp_path / "scores")
+    filter_tail(tmp_path / "scores", tmp_path / "out", 0.3, max_share=1)
+    score(tmp_path / "a.jsonl", tmp_path / "scores", text_column="other", fresh=True)
+    with pytest.raises(ValueError, match="out was begun otherwise: text_column was text and is other"):
+        filter_tail(tmp_path / "scores", tmp_path / "out", 0.3, max_share=1)
+
+
+def test_a_bad_byte_in_another_column_is_named(tmp_path):
+    """It was taken for another document; the row that was set aside when scored is still passed over."""
+    bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"ok", b"ok", b"\xff"]).buffers())
+    table = {"id": ["a", "b", "c"], "text": ["SCORE 0.5", "", "SCORE 0.6"], "url": bad}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    score(tmp_path / "a.parquet", tmp_path / "scores", set_aside=True)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 3: not UTF-8 \(byte 0xff at 0 of a value of 'url'\)"):
+        filter_tail(tmp_path / "scores", tmp_path / "out", 0.1, max_share=1)
+
+
+def test_a_text_without_words_is_named_by_its_document_or_row():
+    scorer = RegulationScorer(load=fake_scorer.load)
+    for text in ("", " \n", None):
+        blank = Document("x", "b")
+        blank.text = text
+        with pytest.raises(ValueError, match="the document 'b' has no text; leave it out before it is scored"):
+            list(scorer.run([document(0.5), blank]))
+        with pytest.raises(ValueError, match=r"`text` of row 1 of a batch is .*, not a text with words in it; filter"):
+            MapScorer(load=fake_scorer.load)({"text": ["fine", text]})
 
 
 def test_tag_writes_tagged_and_cooldown(scored, tmp_path):

@@ -113,9 +113,10 @@ def test_the_report_has_distributions_examples_groups_and_the_hash(hostile):
     bars = re.findall(r"<tr><td>0\.\d\d to \d\.\d\d</td><td class=\"n\">(\d+)</td>", page)
     assert len(bars) >= 20
     assert sum(map(int, bars[:20])) == 60 + 6
-    for threshold in ("0.05", "0.3", "0.5", "0.7"):
+    for threshold in ("0.3", "0.5", "0.7"):
         assert f"<h3>Below {threshold}</h3>" in page
         assert f"<h3>At or above {threshold}</h3>" in page
+    assert "<h3>Upper end of the interval below 0.05</h3>" in page
     assert "SCORE 0.500" in page[page.index("At or above 0.5") :]
     assert re.search(r"<td>topic</td><td>topic</td>", page)
     assert "Effective documents" in page
@@ -131,6 +132,85 @@ def test_a_report_is_of_results_of_these_scores(hostile, tmp_path):
     before = contents(hostile / "r")
     report.write(hostile / "scores", [hostile / n for n in "ftw"], hostile / "r", groups=("topic",))
     assert contents(hostile / "r") == before
+
+
+def test_a_report_overwrites_only_a_report(hostile, tmp_path):
+    """The README.md of a repository stood in `--out`, and was gone; so was the page of `calibrate compare`."""
+    report.write(hostile / "scores", [], tmp_path / "r")
+    report.write(hostile / "scores", [], tmp_path / "r")
+    for name in ("README.md", "report.html"):
+        other = tmp_path / name
+        other.mkdir()
+        (other / name).write_text("years of work")
+        with pytest.raises(ValueError, match=rf"{name}/{name} is not by `curate report`; choose another `--out`"):
+            report.write(hostile / "scores", [], other)
+        assert {path.name: path.read_text() for path in other.iterdir()} == {name: "years of work"}
+
+
+def test_a_filters_report_goes_by_what_the_filter_goes_by(tmp_path):
+    """Scores 0.2 to 0.6, upper ends 0.02 above: below 0.4 the filter drops what scores under 0.38.
+
+    Of group a, at 0.37 and 0.39, half is kept; by the score alone none of it would be.
+    """
+    rows = [
+        {"id": f"{g}{i}", "text": f"SCORE {value} {g}{i}", "group": g}
+        for g, values in (("a", (0.37, 0.39)), ("b", (0.2, 0.6)))
+        for i in range(20)
+        for value in [values[i % 2]]
+    ]
+    write_parquet(tmp_path / "a.parquet", rows)  # fmt: skip
+    score(tmp_path / "a.parquet", tmp_path / "scores")
+    done = runs.filter_tail(tmp_path / "scores", tmp_path / "f", 0.4, max_share=1)["figures"]
+    assert (done["kept"], done["dropped"]) == (20, 20)
+    report.write(tmp_path / "scores", [tmp_path / "f"], tmp_path / "r", groups=("group",))
+    page = (tmp_path / "r/report.html").read_text()
+    assert "scored documents with the upper end of the interval at 0.4 or above" in page
+    kept = dict(
+        re.findall(r'<tr><td>([ab])</td><td class="n">20</td><td class="n">20</td><td class="n">([\d.]+)', page)
+    )
+    assert kept == {"a": "0.500", "b": "0.500"}
+    below, above = (page.index(f"<h3>Upper end of the interval {side} 0.4</h3>") for side in ("below", "at or above"))
+    assert "SCORE 0.37" in page[below:above]
+    assert "SCORE 0.39" in page[above : above + 500]
+    assert "regulation 0.370, at most 0.390" in page
+    report.write(tmp_path / "scores", [tmp_path / "f"], tmp_path / "r", groups=("group",), threshold=0.4)
+    assert "scored documents with the regulation at 0.4 or above" in (tmp_path / "r/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("[x](http://evil.example/)", r"\[x\](http:\//evil.example/)"),
+        ("![p](https://evil.example/a.png)", r"!\[p\](https:\//evil.example/a.png)"),
+        ("www.evil.example a@b.example", r"www\.evil.example a\@b.example"),
+        (r"\[x](y) *a* _b_ ~~c~~", r"\\\[x\](y) \*a\* \_b\_ \~\~c\~\~"),
+        ("<b>&|`\n", "&lt;b&gt;&amp;\\|' "),
+    ],
+)
+def test_a_value_shows_in_markdown_as_it_is(value, shown):
+    assert report._markdown(value) == shown
+
+
+def test_options_that_would_be_ignored_or_are_mistyped(hostile, tmp_path):
+    with pytest.raises(ValueError, match="`--group-columns` 'topik': no such column; there are id, text, topic"):
+        report.write(hostile / "scores", [], tmp_path / "r", groups=("topik",))
+    for column in ("topic", "form"):
+        option = "topic" if column == "topic" else "format"
+        with pytest.raises(
+            ValueError, match=f"`--{option}-column` 'topik': no such column; there are id, text, topic"
+        ):
+            runs.reweight(hostile / "scores", tmp_path / "w", **{column: "topik"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(curate, corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: cannot write to .*file/out/shards\.json \(Not a directory\)"):
+        curate("score", corpus, "--out", tmp_path / "file/out")
+    curate("score", corpus, "--out", tmp_path / "s")
+    (tmp_path / "s/shards.json").unlink()
+    with pytest.raises(SystemExit, match=r"error: .*/s/shards\.json: No such file or directory$"):
+        curate("filter", tmp_path / "s", "--out", tmp_path / "f")
 
 
 def test_keep_rates_by_hand():

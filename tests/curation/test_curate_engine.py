@@ -1,6 +1,7 @@
 """The holes that datatrove leaves open, each closed; and every row accounted for."""
 
 import json
+import random
 import resource
 import signal
 import subprocess
@@ -78,7 +79,7 @@ def test_the_same_command_again_does_nothing(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"shard_mb": 1}, "shards was 5 and is 7"),
+        ({"shard_mb": 1}, r"shards was 5 \(digest \w+\) and is 7 \(digest \w+\)"),
         ({"scorer": "other"}, "scorer was 37a8eec1ce19687d and is "),
         ({"number_rows": True}, "id_column was id and is None"),
         ({"max_characters": 99}, "max_characters was 20000000 and is 99"),
@@ -102,6 +103,35 @@ def test_another_list_of_files_is_not_mixed_in(corpus, tmp_path):
     score(corpus, tmp_path / "out", fresh=True)
     assert "e-0" in sidecar(tmp_path / "out")
     assert "b-0" not in sidecar(tmp_path / "out")
+
+
+def test_fresh_starts_over_though_nothing_that_is_recorded_changed(tmp_path):
+    """An edit in the middle that keeps the size is not seen; and what a run set aside is not left beside the next."""
+    rows = [{"id": i, "text": f"SCORE 0.5 {'x' * 300}"} for i in range(1000)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "bad", "text": ""}, *rows])
+    score(path, tmp_path / "out", set_aside=True)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[500] = lines[500].replace(b"0.5", b"0.9")
+    path.write_bytes(b"".join(lines))
+    score(path, tmp_path / "out", set_aside=True)
+    assert sidecar(tmp_path / "out")["499"]["regulation"] == 0.5
+    score(path, tmp_path / "out", set_aside=True, fresh=True)
+    assert sidecar(tmp_path / "out")["499"]["regulation"] == pytest.approx(0.9)
+    write_jsonl(path, rows)
+    score(path, tmp_path / "out", fresh=True)
+    assert not (tmp_path / "out/set_aside.jsonl").exists()
+
+
+def test_as_many_shards_cut_elsewhere_are_not_mixed_in(tmp_path):
+    """Groups of 1.1 MB: two megabytes hold one, three hold two; of five the last two shards differ."""
+    rows = [{"id": i, "text": random.Random(i).randbytes(550).hex()} for i in range(4000)]
+    write_parquet(tmp_path / "a.parquet", rows)
+    cut = {mb: [(s.start, s.stop) for s in find(str(tmp_path / "a.parquet"), mb << 20).shards] for mb in (3, 4)}
+    assert len(cut[3]) == len(cut[4])
+    assert cut[3] != cut[4]
+    score(tmp_path / "a.parquet", tmp_path / "out", shard_mb=3)
+    with pytest.raises(ValueError, match=r"shards was 2 \(digest \w+\) and is 2 \(digest"):
+        score(tmp_path / "a.parquet", tmp_path / "out", shard_mb=4)
 
 
 def test_a_scorer_that_changes_under_its_name_is_refused_by_the_worker(corpus):
@@ -141,13 +171,52 @@ def test_equal_lines_of_many_shards_are_told_once(tmp_path):
     with pytest.raises(ValueError, match="2 of 3 shards are not complete") as raised:
         score(tmp_path / "in", tmp_path / "out")
     assert str(raised.value).split("\n")[0].endswith("b.parquet, row 1: no column 'text'; there are id, body")
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl has no column 'words'; there are id, text, topic \(--text-column\)"
-    ):
+    with pytest.raises(ValueError, match="`--text-column` 'words': no such column; there are id, text, topic, body"):
         score(tmp_path / "in", tmp_path / "other", text_column="words")
-    with pytest.raises(ValueError, match="no column 'key' for ids; there are id, text, topic, or --number-rows"):
+    with pytest.raises(ValueError, match="`--id-column` 'key': no such column; there are id, text, topic, body"):
         score(tmp_path / "in", tmp_path / "other", id_column="key")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_column_of_ids_is_found_wherever_the_first_sound_row_stands(tmp_path):
+    """Blank, broken and empty beginnings, and a first row without `id`, had the ids of all other rows ignored."""
+    row = json.dumps({"id": "mine", "text": "a"})
+    for name, content in {
+        "blank": f"\n{row}\n",
+        "broken": f"{{\n{row}\n",
+        "lacking": f'{{"text": "b"}}\n{row}\n',
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+        score(tmp_path / f"{name}.jsonl", tmp_path / name, set_aside=True)
+        assert list(sidecar(tmp_path / name)) == ["mine"], name
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").touch()
+    (tmp_path / "in/b.jsonl").write_text(row)
+    score(tmp_path / "in", tmp_path / "empty")
+    assert list(sidecar(tmp_path / "empty")) == ["mine"]
+
+
+def test_an_id_that_some_have_is_not_ignored(tmp_path):
+    rows = [{"text": "a"}] * 100
+    late = write_jsonl(tmp_path / "late.jsonl", [*rows, {"id": 1, "text": "a"}])
+    with pytest.raises(
+        ValueError, match=r"row 101: has an `id`, and the first rows have none; give --id-column id, or"
+    ):
+        score(late, tmp_path / "out")
+    score(late, tmp_path / "numbered", number_rows=True)
+    write_jsonl(tmp_path / "in/a.jsonl", rows)
+    write_parquet(tmp_path / "in/b.parquet", texts(2))
+    told = r"b\.parquet has a column 'id' and .*a\.jsonl has none; give --number-rows, or --id-column"
+    with pytest.raises(ValueError, match=told):
+        score(tmp_path / "in", tmp_path / "some")
+    score(tmp_path / "in", tmp_path / "some", number_rows=True)
+    with pytest.raises(ValueError, match="`--number-rows` and `--id-column` 'id': ids are one or the other; give one"):
+        score(tmp_path / "in", tmp_path / "both", number_rows=True, id_column="id")
+
+
+def test_a_first_row_without_a_text_is_set_aside_as_any_other(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": 1}, {"id": 2, "text": "a"}])
+    assert score(tmp_path / "a.jsonl", tmp_path / "out", set_aside=True)["figures"]["set_aside"] == 1
 
 
 def test_a_bug_of_the_scorer_is_told_too(tmp_path):
@@ -221,19 +290,31 @@ def test_a_lost_file_is_written_again(corpus, tmp_path):
     before = scores(tmp_path / "out")
     (tmp_path / "out/scores/b.parquet").unlink()
     (tmp_path / "out/state/score/records/00003.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"scores/b\.parquet is gone; run its `curate score` again, it writes what is"
+    ):
+        runs.open_scores(tmp_path / "out")
     score(corpus, tmp_path / "out")
     assert scores(tmp_path / "out") == before
 
 
 def test_rows_that_went_missing_are_noticed(corpus, tmp_path):
-    """A whole sidecar with fewer rows than its record, and a record with fewer than were read."""
+    """A whole sidecar with fewer rows than its record, and records with other counts than were written or read."""
     score(corpus, tmp_path / "out")
     path = tmp_path / "out/scores/b.parquet"
-    whole = pq.read_table(path)
-    pq.write_table(whole.slice(0, 11), path)
-    with pytest.raises(ValueError, match=r"b\.parquet does not hold 12 rows; remove it and run again"):
+    whole = path.read_bytes()
+    pq.write_table(pq.read_table(path).slice(0, 11), path)
+    with pytest.raises(ValueError, match=r"b\.parquet does not hold the 12 rows that were written; remove it and run"):
         score(corpus, tmp_path / "out")
-    pq.write_table(whole, path)
+    path.write_bytes(whole)
+    record = tmp_path / "out/state/score/records/00001.json"
+    kept = record.read_text()
+    content = json.loads(kept)
+    content["files"]["scores/b.parquet"][1] = 13
+    record.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"b\.parquet does not hold the 13 rows that were written"):
+        score(corpus, tmp_path / "out")
+    record.write_text(kept)
     record = tmp_path / "out/state/score/records/00003.json"
     content = json.loads(record.read_text())
     content["counts"]["rows"] -= 1
@@ -273,6 +354,12 @@ def test_a_folder_that_is_no_run_is_left_alone(corpus, tmp_path):
     with pytest.raises(ValueError, match="mine holds other files and is no run of `curate`; name a new folder"):
         score(corpus, tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    for foreign in ("[]", '{"seed": 3}', "no json"):
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        (tmp_path / "theirs/run.json").write_text(foreign)
+        with pytest.raises(ValueError, match=r"theirs.* is (not that|no folder of results) of "):
+            score(corpus, tmp_path / "theirs", fresh=True)
+        assert (tmp_path / "theirs/run.json").read_text() == foreign
     score(corpus, tmp_path / "scores")
     before = contents(tmp_path / "scores")
     with pytest.raises(ValueError, match="scores holds the result of `curate score`; name another folder"):
@@ -328,5 +415,6 @@ def test_the_writer_alone_keeps_nothing_of_a_shard_that_fails(tmp_path):
 
     with pytest.raises(ValueError, match=r"a\.jsonl: late"):
         list(writer.run(failing()))
+    assert memoryview(writer.hashes).nbytes == 3 * 8  # an id costs eight bytes of memory until its shard is complete
     assert contents(tmp_path / "scores") == {}
     assert json.loads((tmp_path / "s/failures/00000.json").read_text())["line"]

@@ -41,6 +41,8 @@ def test_a_config_names_the_executor_and_workers(tmp_path):
         ("worker: 3", "'worker'; a config has executor, workers, slurm and ray"),
         ("- local", "no mapping; a config has executor, workers, slurm and ray"),
         ("executor: slurm\nslurm: {queue: x}", "slurm has no option 'queue'; there are time, partition, "),
+        ("executor: ray\nray: [a]", r"the section ray is \['a'\]; give options by name: address, cpus_per_task"),
+        ("executor: [ray]", r"executor \['ray'\] is none of local, slurm, ray"),
         ("workers: many", "workers 'many' is no whole number from 1"),
         ("workers: 0", "workers 0 is no whole number from 1"),
         ("executor: [", r"c\.yaml cannot be read as YAML"),

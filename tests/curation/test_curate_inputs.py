@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from small_corpora import texts, write_jsonl, write_parquet
+from small_corpora import score, sidecar, texts, write_jsonl, write_parquet
 
 from data_curation import inputs
 from data_curation.documents import FAULT, ROW, Fault, ShardReader, place
@@ -112,9 +112,12 @@ def test_zstd_frames_one_after_another_and_one_cut_short(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n', "row 1: the id in 'id' is None"),
         ("x.jsonl.gz", gzip.compress(b'{"id": 1, "text": "a"}\n' * 99, mtime=0)[:-9], r"cannot be read \(Compr"),
         ("x.jsonl.gz", b"no gzip", r"row 1 or after: cannot be read \(Not a gzipped file"),
+        ("x.jsonl.zst", zstandard.compress(b"{}", 1)[:4] + b"broken", r"row 1 or after: cannot be read \(zstd dec"),
+        ("x.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 9, r"row 1 or after: cannot be read \(Error -3"),
         ("x.parquet", b"PAR1 and then nothing", r"x\.parquet, row 1 or after: cannot be read \("),
     ],
-    ids=(["utf8", "half", "array", "blank", "null", "number", "column", "id", "no-id", "gz-cut", "no-gz", "parquet"]),
+    ids=["utf8", "half", "array", "blank", "null", "number", "column", "id", "no-id", "gz-cut", "no-gz", "zst", "zlib",
+         "parquet"],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_named_with_its_file(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
@@ -142,7 +145,7 @@ def test_bytes_that_are_not_utf8_in_parquet_are_named_by_row(tmp_path):
     text = pa.Array.from_buffers(pa.string(), 3, bad.buffers())
     pq.write_table(pa.table({"id": ["a", "b", "c"], "text": text}), tmp_path / "x.parquet")
     shards = inputs.find(str(tmp_path), MB).shards
-    with pytest.raises(Fault, match=r"x\.parquet, row 2: not UTF-8 \(byte 0xff at 0 of a value\)"):
+    with pytest.raises(Fault, match=r"x\.parquet, row 2: not UTF-8 \(byte 0xff at 0 of a value of 'text'\)"):
         read(shards)
     assert [d.id for d in read(shards, set_aside=True)] == ["a", "", "c"]
 
@@ -176,6 +179,50 @@ def test_files_of_one_stem_keep_names_of_their_own(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", texts(1))
     write_parquet(tmp_path / "x.parquet", texts(1))
     assert [shard.name for shard in inputs.find(str(tmp_path), MB).shards] == ["x.jsonl", "x.parquet"]
+
+
+def test_parts_of_a_file_do_not_take_the_name_of_another(tmp_path):
+    """Two shards of one name wrote one file: the rows of the first were lost, and nothing said so."""
+    write_parquet(tmp_path / "in/x.parquet", texts(6), group=3)
+    write_parquet(tmp_path / "in/x.00000.parquet", texts(1, "b"))
+    names = [shard.name for shard in inputs.find(str(tmp_path / "in"), 1).shards]
+    assert names == ["x.00000.parquet", "x.parquet.00000", "x.parquet.00001"]
+    score(tmp_path / "in", tmp_path / "out")
+    assert len(sidecar(tmp_path / "out")) == 7
+    write_parquet(tmp_path / "in/x.parquet.00001.parquet", texts(1, "c"))
+    told = r"x\.parquet and .*x\.parquet\.00001\.parquet would be written to one name, 'x\.parquet\.00001'; rename one"
+    with pytest.raises(ValueError, match=told):
+        inputs.find(str(tmp_path / "in"), 1)
+
+
+def test_a_split_is_chosen_or_refused(tmp_path, monkeypatch):
+    """It was ignored for what is on disk; of `train[:3]` the whole split was scored."""
+    import datasets
+
+    def refused(source, split):
+        with pytest.raises(ValueError, match=f"`--split` {split!r}".replace("[", r"\[")) as raised:
+            inputs.find(source, MB, split)
+        return str(raised.value)
+
+    saved = datasets.Dataset.from_list(texts(3))
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved, test=datasets.Dataset.from_list(texts(2, "b"))).save_to_disk(tmp_path / "both")
+    assert ids(inputs.find(str(tmp_path / "both"), MB, "test").shards) == ["b-0", "b-1"]
+    assert refused(str(tmp_path / "both"), "dev").endswith("there are train, test")
+    path = write_jsonl(tmp_path / "j/a.jsonl", texts(1))
+    for source in (tmp_path / "one", path, path.parent):
+        assert "has no splits; only a Hub id or a saved `DatasetDict` has" in refused(str(source), "train")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: saved)
+    for source in ("owner/name", str(tmp_path / "both")):
+        assert "only whole splits are read; name one without brackets" in refused(source, "train[:3]")
+
+
+def test_a_folder_with_the_ending_of_a_file_and_a_link_to_nothing(tmp_path):
+    write_parquet(tmp_path / "data.parquet/part-0.parquet", texts(2))
+    assert ids(inputs.find(str(tmp_path), MB).shards) == ["a-0", "a-1"]
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"b\.jsonl is a link to nothing; mend or remove it"):
+        inputs.find(str(tmp_path), MB)
 
 
 def test_a_digest_notices_another_file_of_the_same_size(tmp_path):

@@ -1,5 +1,6 @@
 import json
 from argparse import ArgumentParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,12 +150,43 @@ def test_the_command_prints_its_evaluation_and_writes_the_same_bytes_again(tmp_p
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+@pytest.mark.parametrize("writers", [0, 1])
+def test_labels_by_fewer_than_three_writers_are_judged_by_event(tmp_path, capsys, writers):
+    """A bootstrap over one writer, or none, ended the command after the scorer was written."""
+    labels = tmp_path / "labels.jsonl"
+    rows = [{key: value for key, value in row.items() if key != "writer" or writers} for row in passages()]
+    labels.write_text("".join(json.dumps(row | {"writer": "w"} if writers else row) + "\n" for row in rows))
+    parser = ArgumentParser()
+    fit.add_fit(parser)
+    arguments = parser.parse_args([str(labels), "--out", str(tmp_path / "out"), "--model", "none"])
+    arguments.run(arguments)
+    said = capsys.readouterr().out
+    assert [line.split("|")[-2].strip() for line in said.splitlines() if "AUC, high cells over low" in line] == [
+        "by event"
+    ]
+    assert "Spearman with graded labels" in said
+    assert "writer's world" not in said
+    arguments = parser.parse_args([str(labels), "--out", str(tmp_path / "out"), "--model", "none", "--vectors", "v"])
+    with pytest.raises(ValueError, match="`--vectors` v: `--model none` reads no emotions; leave it out"):
+        arguments.run(arguments)
+
+
 def test_every_mistake_is_named(tmp_path):
     rows = passages()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(ValueError, match=r"exists and holds no scorer; choose another `--out`"):
-        fit.fit(rows, tmp_path / "other", model=None)
+    for scorer in (False, True):  # labels beside a scorer were removed with it
+        if scorer:
+            (tmp_path / "other" / "scorer.json").touch()
+        with pytest.raises(
+            ValueError, match=r"other holds 'file', which is no part of a scorer; choose another `--out`"
+        ):
+            fit.fit(rows, tmp_path / "other", model=None)
+        assert (tmp_path / "other" / "file").exists()
+    with pytest.raises(ValueError, match=r"file is a file; `--out` takes a folder"):
+        fit.fit(rows, tmp_path / "other" / "file", model=None)
+    with pytest.raises(ValueError, match=r"`--states` s: without a model no states are read; leave it out"):
+        fit.fit(rows, tmp_path / "new", model=None, states=Path("s"))
     for change, message in (
         (
             {"facets": {"courage": 1}},

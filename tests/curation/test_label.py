@@ -91,6 +91,37 @@ def test_a_stopped_run_asks_only_for_what_is_missing(teacher, source, tmp_path):
         label.label(source, out, teacher.url, "another")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"id": 1, "text": "a", "regulation": 3}\n{"id": 2, "text": "b"}', "holds labels by None, not by"),
+        (b'{"id": 2, "text": "b"}', "holds labels by None, not by"),
+        (b"chapter one\nchapter two", ":1: not JSON in UTF-8"),
+        (b"a thesis of one line", r"ends with b'a thesis of one line', which no call has left there; choose another"),
+    ],
+)
+def test_a_file_of_others_keeps_its_last_line(teacher, source, tmp_path, content, told):
+    """It was cut off before anything was looked at."""
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        label.label(source, out, teacher.url, "some-model")
+    assert out.read_bytes() == content
+
+
+def test_the_input_is_no_output_and_a_whole_last_row_is_kept(teacher, source, tmp_path):
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match=r"in\.jsonl is the input itself; choose another `--out`"):
+        label.label(source, tmp_path / "x" / ".." / "in.jsonl", teacher.url, "some-model")
+    assert source.read_bytes() == before
+    out = tmp_path / "out.jsonl"
+    label.label(source, out, teacher.url, "some-model")
+    whole, asked = out.read_bytes(), len(teacher.requests)
+    out.write_bytes(whole[:-1])
+    label.label(source, out, teacher.url, "some-model")
+    assert (out.read_bytes(), len(teacher.requests)) == (whole, asked)
+
+
 def test_a_busy_server_is_asked_again_and_a_refusing_one_is_named(teacher, source, tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "RETRIES", 2)
     teacher.statuses = [429, 503]

@@ -224,10 +224,14 @@ def test_every_mistake_is_named(folder, tmp_path, monkeypatch):
         ValueError, match=r"has width and depth \[32, 5\], this scorer was fitted on .* with \[64, 5\]; fit"
     ):
         load_scorer(str(copy), "2")
+    with pytest.raises(ValueError, match=r"`model` 'x': tier 1 reads with no model; leave it out"):
+        load_scorer(str(copy), "1", model="x")
     del config["tier2"]
     (copy / "scorer.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"has no tier 2; use tier 1, or fit it with `--model`"):
         load_scorer(str(copy), "2")
+    with pytest.raises(ValueError, match=r"`model` 'x': scorer '.*' has no tier 2; leave it out"):
+        load_scorer(str(copy), "auto", model="x")
     (copy / "scorer.json").write_text(json.dumps(config | {"format": 0}))
     with pytest.raises(ValueError, match=r"has format 0, not 1; fit it again"):
         load_scorer(str(copy), "1")
