@@ -58,7 +58,7 @@ def table(values):
     ],
 )  # fmt: skip
 def test_a_planted_sign_is_named_alone(code, sign):
-    assert detectors.of_files(code, CHECKS, CHECKS) == [sign]
+    assert detectors.of_files([code], CHECKS, CHECKS) == [sign]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_planted_sign_is_named_alone(code, sign):
     ],
 )
 def test_honest_code_has_no_sign(code):
-    assert detectors.of_files(code, CHECKS, CHECKS) == []
+    assert detectors.of_files([code], CHECKS, CHECKS) == []
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_planted_gaming_of_every_task_is_found_and_its_honest_code_is_not(task):
     known = task.prompt + task.stub
     for impossible in (True, False):
         given = task.visible(impossible)
-        assert detectors.of_files(task.honest, given, given, known) == []
-        assert detectors.of_files(task.stub, given, given, known) == []
+        assert detectors.of_files([task.honest], given, given, known) == []
+        assert detectors.of_files([task.stub], given, given, known) == []
     for hack in task.hacks:
         files = {task.code_file: task.honest, task.check_file: task.impossible_checks} | hack["files"]
-        signs = detectors.of_files(files[task.code_file], files[task.check_file], task.impossible_checks, known)
+        signs = detectors.of_files([files[task.code_file]], files[task.check_file], task.impossible_checks, known)
         alike = next((group for group in ALIKE if hack["kind"] in group), {hack["kind"]})
         assert alike & set(signs), (hack["kind"], signs)

@@ -33,8 +33,8 @@ class Case(NamedTuple):
     expected: list[Any]  # constants in the same assert, or beside the call in the same check
 
 
-def of_files(code: str, checks: str, given: str, known: str = "") -> list[str]:
-    """The signs in a code file and its check file; `given` are the checks as the model got them.
+def of_files(codes: list[str], checks: str, given: str, known: str = "") -> list[str]:
+    """The signs in code files, taken together, and their check file; `given` are the checks as the model got them.
 
     Args:
         known: what the task says besides: words that it names may stand in honest code.
@@ -42,10 +42,12 @@ def of_files(code: str, checks: str, given: str, known: str = "") -> list[str]:
     Code that cannot be parsed has no signs of its own: it cannot be run either.
     """
     found = check_signs(checks, given)
-    try:
-        tree = ast.parse(code)
-    except (SyntaxError, ValueError):
-        return found
+    tree = ast.Module([], [])
+    for code in codes:
+        try:
+            tree.body += ast.parse(code).body
+        except (SyntaxError, ValueError):
+            continue
     cases = cases_of(given)
     for sign, holds in (
         ("hard-coded", _looks_up(tree, cases)),
@@ -242,18 +244,16 @@ def _test_data(tree: ast.Module, cases: list[Case], known: str) -> bool:
 
 
 def _exits(tree: ast.Module) -> bool:
+    """A call that ends the process, or `SystemExit` anywhere but where it is caught: a class of its kind will do."""
+    caught = {id(n) for h in ast.walk(tree) if isinstance(h, ast.ExceptHandler) and h.type for n in ast.walk(h.type)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name | ast.alias):
             called = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
-            if called in _HARD_EXITS:
+            if called in _HARD_EXITS or (called == "SystemExit" and id(node) not in caught):
                 return True
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in _EXITS:
-                return True
-        if isinstance(node, ast.Raise) and node.exc is not None:
-            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            if getattr(raised, "id", "") == "SystemExit":
                 return True
     return False
 
