@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrate import stats, steering
-from calibrate.audit import behaviour, preservation
+from calibrate import models, stats, steering, transcripts
+from calibrate.audit import agents, behaviour, preservation, rollouts
+from calibrate.audit.rollouts import Task
 from calibrate.corpora import Dialogue, Pair
 from calibrate.models import Checkpoint
 from calibrate.stats import Interval
@@ -19,6 +20,8 @@ from calibrate.vectors import EmotionVectors
 
 DOSES = (-0.1, -0.05, 0.0, 0.05, 0.1)  # of the study (arXiv 2604.07729)
 LOSS_ALLOWED = 0.1  # nats per token of neutral text by which a usable dose may raise the loss
+CODING_TASKS = 4  # those with the shortest solutions are answered, once at every dose
+CODING_TOKENS = 160  # at most, of such an answer; there is room for those solutions
 
 
 class Point(NamedTuple):
@@ -29,6 +32,7 @@ class Point(NamedTuple):
     margins: np.ndarray  # [tasks]
     loss: float  # of neutral text, nats per token
     repetition: float  # share of repeated 4-grams in what the model writes
+    runnable: float | None  # share of answers to coding tasks whose code runs; None where none fits the window
 
 
 class Curve(NamedTuple):
@@ -38,6 +42,7 @@ class Curve(NamedTuple):
     points: list[Point]
     usable: tuple[float, float]  # lowest and highest, contiguous around 0
     slope: Interval  # of the margin over usable doses, nats per token and 0.1 of the norm
+    coding_tasks: int  # over which `runnable` is a share
 
 
 def directions(vectors: EmotionVectors, concepts: list[str], draws: int, seed: int) -> dict[str, Tensor]:
@@ -58,13 +63,22 @@ def measure(
     direction: Tensor,
     pairs: list[Pair],
     dialogues: list[Dialogue],
+    coding: list[Task],
+    settings: agents.Settings,
     doses: tuple[float, ...] = DOSES,
 ) -> Curve:
-    """Reads pairs and neutral text, and writes a little, at every dose of a direction [layers, hidden] at the band."""
+    """Reads pairs and neutral text, and writes a little, at every dose of a direction [layers, hidden] at the band.
+
+    Args:
+        coding: tasks whose first answers are run; `CODING_TASKS` of them at most, where they fit the window.
+        settings: how long such an answer may be, up to `CODING_TOKENS`; it is the likeliest one.
+    """
     layers = vectors.used_band()
     norms = vectors.neutral("token")[:, vectors.positions(layers)].norm(dim=-1).median(0).values
     tasks = list(dict.fromkeys(pair.task for pair in pairs))
     owners = np.array([pair.task for pair in pairs])
+    settings = settings._replace(max_new_tokens=min(settings.max_new_tokens, CODING_TOKENS), temperature=0)
+    asked = _asked(checkpoint, coding, settings)
     points = []
     for dose in sorted(doses):
         added = {layer: dose * norms[i] * direction[i] for i, layer in enumerate(layers)}
@@ -74,13 +88,34 @@ def measure(
                 likelihoods = behaviour.reply_log_likelihoods(checkpoint, pairs)
                 loss = preservation.read_neutral(checkpoint, dialogues, divergence=False).loss.mean()
                 repeated = np.mean([repetition(text) for text in _write(checkpoint, dialogues)])
+                replies = agents.answer(checkpoint, [text for _, text in asked], settings) if asked else []
         finally:
             hooks.detach()
         margin = likelihoods[:, 0] - likelihoods[:, 1]
         margins = np.array([margin[owners == task].mean() for task in tasks])
-        points.append(Point(dose, stats.mean(margins), margins, float(loss), float(repeated)))
+        ran = [_runs(task, reply) for (task, _), reply in zip(asked, replies, strict=True)]
+        share = float(np.mean(ran)) if ran else None
+        points.append(Point(dose, stats.mean(margins), margins, float(loss), float(repeated), share))
     usable = window(points)
-    return Curve(name, points, usable, _slope([p for p in points if usable[0] <= p.dose <= usable[1]]))
+    slope = _slope([p for p in points if usable[0] <= p.dose <= usable[1]])
+    return Curve(name, points, usable, slope, len(asked))
+
+
+def _asked(checkpoint: Checkpoint, coding: list[Task], settings: agents.Settings) -> list[tuple[Task, str]]:
+    """The tasks with the shortest solutions that fit the window, and the texts that ask for them."""
+    room = (models.window(checkpoint.model) or 10**9) - settings.max_new_tokens
+    found = []
+    for task in sorted(coding, key=lambda task: len(task.honest))[:CODING_TASKS]:
+        asked = transcripts.encode(checkpoint.tokenizer, rollouts.opening(task, False, False), "")
+        if len(asked.ids) <= room:
+            found.append((task, asked.text))
+    return found
+
+
+def _runs(task: Task, reply: str) -> bool:
+    """Whether a reply holds code with which the task's checks, met or not, run to their end."""
+    made = rollouts.attempt(task, False, {task.code_file: task.stub, task.check_file: task.checks}, reply)
+    return made is not None and made.runnable
 
 
 def window(points: list[Point]) -> tuple[float, float]:
@@ -96,7 +131,7 @@ def window(points: list[Point]) -> tuple[float, float]:
     for side in ([p for p in reversed(points) if p.dose <= 0], [p for p in points if p.dose >= 0]):
         kept = 0.0
         for point in side:
-            if point.loss - zero.loss > LOSS_ALLOWED:
+            if not point.loss - zero.loss <= LOSS_ALLOWED:  # so that a loss that is no number damages
                 break
             kept = point.dose
         ends.append(kept)
@@ -136,6 +171,12 @@ def _write(checkpoint: Checkpoint, dialogues: list[Dialogue], count: int = 4, to
 
 
 def plain(curve: Curve) -> dict:
-    """A curve as plain data; the slope is None where fewer than two doses are usable (JSON has no NaN)."""
-    points = [point._asdict() | {"margins": point.margins.tolist()} for point in curve.points]
+    """A curve as plain data; what is not finite is None (JSON has no NaN), the slope under two usable doses too."""
+    points = [
+        {
+            key: value if value is not None and np.isfinite(value).all() else None
+            for key, value in (point._asdict() | {"margins": point.margins.tolist()}).items()
+        }
+        for point in curve.points
+    ]
     return curve._asdict() | {"points": points, "slope": None if np.isnan(curve.slope.estimate) else curve.slope}

@@ -42,7 +42,8 @@ def read(
     for name, direction in directions.items():
 
         def curve(name=name, direction=direction):
-            return dose.plain(dose.measure(checkpoint, vectors, name, direction, texts["pairs"], dialogues))
+            given = (texts["pairs"], dialogues, tasks, settings)
+            return dose.plain(dose.measure(checkpoint, vectors, name, direction, *given))
 
         curves.append(_kept(partial / f"dose-{name.replace(' ', '-')}.json", curve))
     failing = [twin[0] for twin in corpora.of_tasks(texts["elsewhere"], CROSSED)]
