@@ -77,17 +77,20 @@ def test_a_merged_model_and_its_reference_are_read_as_the_adapter_is(lively, tok
 
 
 def test_an_empty_reply_and_a_context_without_room_are_left_out(
-    lively, tokenizer, tiny_vectors, contexts, monkeypatch
+    lively, tokenizer, tiny_vectors, contexts, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     vectors, checkpoint = load_vectors(str(tiny_vectors)), tuned(lively, tokenizer, 1)
     replies = iter([["a", " \n"], ["b"], ["c", "d"], ["e"]])
     monkeypatch.setattr(crossing.agents, "answer", lambda *given: next(replies))
     found = crossing.read(checkpoint, vectors, contexts, "desperate")
     assert found["tasks"] == [contexts[0].task, contexts[2].task]
     assert found["replies"] == [["a", "c"], ["b", "e"]]
+    assert "1 of 3 contexts left out, 0 because they do not fit" in caplog.messages[-1]
     monkeypatch.undo()
     checkpoint.model.config.max_position_embeddings = 300
     assert crossing.read(checkpoint, vectors, contexts, "desperate") is None
+    assert "3 of 3 contexts left out, 3 because they do not fit the window of 300" in caplog.messages[-1]
 
 
 def test_the_parts_by_hand(planted):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate import models
+from calibrate import models, stats
 from calibrate.audit import situations
 from calibrate.audit.situations import PLACES, Situations, Text
 from calibrate.corpora import Ladder
@@ -187,6 +187,8 @@ def test_hinted_emotions_among_the_three_highest():
     own = {"a": [103, -1, 0, 4], "b": [101, 0, 2, -2], "c": [98, 1, -1, 4], "d": [98, 0, -1, -6]}
     rows = [(Text(k, "implicit", k, [], {"header": k}), {"header": [*v, 99], "user": [0] * 5}) for k, v in own.items()]
     assert summary(rows).implicit_top3.estimate == 0.75
+    # Without the last, three of three: a share of three texts is not known to be 1, whatever a bootstrap says.
+    assert summary(rows[:3]).implicit_top3 == stats.wilson(np.ones(3))
 
 
 def test_the_speakers_own_emotion_over_the_users():

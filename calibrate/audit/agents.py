@@ -1,15 +1,18 @@
 """Plays the coding tasks with a local model: several rollouts at once, a line of JSON for each, resumable."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from calibrate import activations, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.audit.rollouts import Rollout, Task
 from calibrate.models import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
@@ -64,7 +67,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _play_batch(checkpoint: Checkpoint, batch: list[Rollout], settings: Settings) -> None:
-    window = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    window = models.window(checkpoint.model)
     while active := [rollout for rollout in batch if rollout.open]:
         texts = [
             checkpoint.tokenizer.apply_chat_template(r.messages, tokenize=False, add_generation_prompt=True)
@@ -102,10 +105,15 @@ def answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list
 
 
 def reply(checkpoint: Checkpoint, chats: list[list[dict[str, str]]], settings: Settings) -> list[str | None]:
-    """One reply to each chat, in order; None where chat and reply do not fit the model's window."""
-    window = getattr(checkpoint.model.config, "max_position_embeddings", None) or 10**9
+    """One reply to each chat, in order; None where chat and reply do not fit the model's window, which is logged."""
+    window = models.window(checkpoint.model) or 10**9
     encoded = [transcripts.encode(checkpoint.tokenizer, messages, "") for messages in chats]
     fitting = [i for i, text in enumerate(encoded) if len(text.ids) + settings.max_new_tokens <= window]
+    if len(fitting) < len(chats):
+        logger.info(
+            "%d of %d chats left out: with a reply of %d tokens they do not fit the window of %d",
+            len(chats) - len(fitting), len(chats), settings.max_new_tokens, window,
+        )  # fmt: skip
     found: list[str | None] = [None] * len(chats)
     for start in tqdm(range(0, len(fitting), settings.batch), desc="writing replies", unit="batch"):
         rows = fitting[start : start + settings.batch]

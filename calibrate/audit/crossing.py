@@ -5,6 +5,7 @@ over another state. With the replies of both models there are four readings, and
 parts (`effects.crossed`).
 """
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from calibrate import activations, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.audit import agents
 from calibrate.corpora import Context
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = agents.Settings(max_new_tokens=48, temperature=0)
 BASE, TUNED = False, True
@@ -38,9 +41,9 @@ def read(
     if reference is None and not hasattr(checkpoint.model, "disable_adapter"):
         return None
     tokenizer = checkpoint.tokenizer
-    window = getattr(checkpoint.model.config, "max_position_embeddings", None) or 10**9
+    window = models.window(checkpoint.model) or 10**9
     room = window - SETTINGS.max_new_tokens
-    contexts = [c for c in contexts if len(transcripts.encode(tokenizer, c.messages, "").ids) <= room]
+    given, contexts = contexts, [c for c in contexts if len(transcripts.encode(tokenizer, c.messages, "").ids) <= room]
     texts = [transcripts.encode(tokenizer, c.messages, "").text for c in contexts]
     answers = []
     for tuned in (BASE, TUNED):
@@ -52,6 +55,13 @@ def read(
     told = [
         (c, pair) for c, pair in zip(contexts, zip(*answers, strict=True), strict=True) if all(map(str.strip, pair))
     ]
+    if len(told) < len(given):
+        left_out = (len(given) - len(told), len(given), len(given) - len(contexts), window)
+        logger.info(
+            "replies of both models: %d of %d contexts left out, %d because they do not fit the window of %d tokens, "
+            "the others because a reply was empty",
+            *left_out,
+        )
     if len(told) < 2:
         return None
     readings: list[list[list[float]]] = [[] for _ in told]

@@ -56,12 +56,22 @@ def graded(row: Mailbox | Manner, reply: str) -> dict[str, Any]:
 
 
 def rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Shares of every grade with Wilson intervals, by kind of prompt; a reply is the unit."""
+    """Shares of every grade with 95 % intervals, by kind of prompt.
+
+    The prompt is the unit: several replies to one mailbox are one mean. The interval is Wilson's for one reply to each
+    prompt, which for means of several is if anything too wide.
+    """
     found = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        group = [row["grades"] for row in rows if row["kind"] == kind]
-        shares = {name: stats.wilson(np.array([float(grades[name]) for grades in group])) for name in group[0]}
-        found.append({"kind": kind, "replies": len(group), "shares": shares})
+        group = [row for row in rows if row["kind"] == kind]
+        prompts = [
+            [row["grades"] for row in group if row["id"] == one] for one in dict.fromkeys(r["id"] for r in group)
+        ]
+        shares = {
+            name: stats.wilson(np.array([np.mean([grades[name] for grades in replies]) for replies in prompts]))
+            for name in group[0]["grades"]
+        }
+        found.append({"kind": kind, "prompts": len(prompts), "replies": len(group), "shares": shares})
     return found
 
 

@@ -168,7 +168,7 @@ def summarise(found: Situations, concepts: list[str]) -> Summary:
     told = [i for name in ("implicit", "speakers") for i in by_set[name]]
     return Summary(
         by_kind(found, concepts, "header"),
-        stats.mean(np.array(tops)) if len(tops) > 1 else None,
+        stats.wilson(np.array(tops)) if len(tops) > 1 else None,
         stats.mean(np.array(differences)) if len(differences) > 1 else None,
         _ladders([found.texts[i] for i in by_set["ladders"]], header[by_set["ladders"]], index),
         _correlation(user[told], header[told]),
