@@ -1,16 +1,19 @@
 """Two CPU processes under every launcher end with the weights of one process (`make test-distributed`)."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from cases import CASES
+from cases import CASES, build
 from safetensors.torch import load_file
+from trl import DPOTrainer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -32,7 +35,9 @@ def launch(folder: Path, launcher: str, setup: dict, timeout: int = 800) -> subp
             [sys.executable, *worker], env=environment, capture_output=True, text=True, timeout=timeout
         )
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{launcher}.yaml").read_text())
-    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
+    bf16 = setup.get("options", {}).get("bf16", False)
+    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "bf16" if bf16 else "no"}
+    config |= {"main_process_port": 0}
     if launcher == "zero3":
         # A tiny model's parameters would all stay gathered, which hides errors.
         ds = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -40,7 +45,7 @@ def launch(folder: Path, launcher: str, setup: dict, timeout: int = 800) -> subp
         ds |= {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
-            "bf16": {"enabled": False},
+            "bf16": {"enabled": bf16},
             "gradient_clipping": 0.0,
         }
         (folder / "zero3.json").write_text(json.dumps(ds))
@@ -114,6 +119,44 @@ def test_a_killed_process_ends_the_run_with_an_error(launcher, setup, tmp_path):
     run = launch(tmp_path, launcher, setup | {"processes": 2, "cases": ["sft-lora"], "kill": True}, timeout=180)
     assert run.returncode != 0
     assert not (tmp_path / f"{launcher}-sft-lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("launcher", ["fsdp2", "zero2", "zero3"])
+def test_under_bf16_the_reference_is_read_as_the_training_passes_are(launcher, setup, tmp_path):
+    """These launchers cast the weights: read in float32, the anchors would start at the rounding of bf16, 1.5e-4."""
+    options, cases = {"bf16": True, "max_steps": 1}, ["sft-lora", "sft-full"]
+    run = launch(tmp_path, launcher, setup | {"processes": 2, "cases": cases, "options": options})
+    assert run.returncode == 0, run.stderr[-6000:]
+    for name, found in json.loads((tmp_path / f"{launcher}.json").read_text()).items():
+        assert found["log"][0]["calibration/anchor"] < 1e-7, name
+        assert found["log"][0]["calibration/side"] < 1e-7, name
+
+
+def test_the_share_of_gradients_is_of_means_over_processes(setup, tmp_path):
+    """Of norms, not the norm of a mean: the first batch of each process, and four of contexts, one by one here."""
+    setup = setup | {"processes": 2, "cases": ["dpo-lora"]}
+    setup |= {"options": {"penalty_weight": None, "penalty_share": 0.5, "max_steps": 1}}
+    run = launch(tmp_path, "ddp", setup)
+    assert run.returncode == 0, run.stderr[-6000:]
+    trainer = build(CASES["dpo-lora"], tmp_path / "alone", setup)
+    objective, batches = trainer._calibration, iter(trainer.get_train_dataloader())
+    trained = [part for part in trainer.model.parameters() if part.requires_grad]
+
+    def norm(loss: torch.Tensor) -> float:
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        return math.sqrt(sum(float(part.square().sum()) for part in gradients if part is not None))
+
+    tasks, penalties = [], []
+    for process in range(2):
+        inputs = trainer._prepare_inputs(next(batches))
+        tasks.append(norm(DPOTrainer.compute_loss(trainer, trainer.model, inputs)))
+        objective.accelerator = SimpleNamespace(num_processes=2, process_index=process, device=torch.device("cpu"))
+        for batch in range(4):
+            rows = objective._rows(batch)
+            penalties.append(norm(objective._penalty(*objective._read(trainer.model, rows), rows)))
+    assert len(set(tasks)) == 2
+    state = json.loads((tmp_path / "ddp" / "dpo-lora" / "calibration" / "state.json").read_text())
+    assert state["penalty_weight"] == pytest.approx(0.5 * (sum(tasks) / 2) / (sum(penalties) / 8), rel=1e-4)
 
 
 def test_sharded_launchers_refuse_a_share_of_gradients(setup, tmp_path):
