@@ -124,7 +124,7 @@ def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
     assert {"pareto.png", "tasks.png", "comparison.png"} <= {path.name for path in sweep.out.iterdir()}
     with pytest.raises(SystemExit):
         sweep("--arms", "none", "--variants", "penalty_share")
-    words = "--recipe grpo --arms hinge-frozen --variants beta=1e-4 beta=1e-1 --results".split()
+    words = ["--recipe", "grpo", "--arms", "hinge-frozen", "--variants", "beta=1e-4", "beta=1e-1", "--results"]
     sweep(*words, f"{sweep.out}-kl")
     assert [option(command, "--beta") for command in sweep.of("--beta")] == ["1e-4", "1e-1"]
 
