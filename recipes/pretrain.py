@@ -3,24 +3,31 @@ Continued pretraining on a selection of a scored pool: does text that models reg
 
 ```bash
 python recipes/books.py 1260.txt 766.txt --out runs/pool/pool.parquet
-curate score runs/pool/pool.parquet --out runs/pool/scores
+curate score runs/pool/pool.parquet --out runs/pool/scores --tier 1
 accelerate launch --config_file accelerate_configs/single_cpu.yaml recipes/pretrain.py \
     --config recipes/smollm2-135m/pretrain.yaml --selection curated --seed 0 --output_dir runs/pretrain/curated-seed0
 ```
 
 Every selection draws as many tokens, from passages with a score, in the order of its seed: `curated` from the third of
 each book with the highest regulation, `inverted` from the third with the lowest, `valence` from the third that VADER
-calls most positive, `random` from all of them. The same command again goes on from the last checkpoint.
+calls most positive, `random` from all of them. The same command again goes on from the last checkpoint; a folder that
+holds a run of another selection, pool or option is refused.
+
+The pool of the figures in this folder: 12 books of Project Gutenberg (`recipes/books.py`), scored at tier 1.
 """
 
+import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SELECTIONS = ("curated", "random", "valence", "inverted")
+# Beginnings of the options that change where and how a run reports, not what it computes.
+NO_MATTER = ("output_dir", "run_name", "report_to", "log", "save_", "disable_tqdm", "resume_from", "hub_", "push_to")
 
 
 @dataclass
@@ -104,6 +111,38 @@ def load(args: SelectionConfig) -> tuple[list[str], np.ndarray, list[str]]:
     return pool["text"].to_pylist(), regulation, [str(name) for name in pool[args.group_column].to_pylist()]
 
 
+def claim(folder: Path, settings: dict[str, Any], option: str) -> None:
+    """Takes a folder for these settings, which are kept in it.
+
+    Raises:
+        ValueError: it holds what other settings made.
+    """
+    settings, path = json.loads(json.dumps(settings, default=str)), folder / "settings.json"
+    if not path.is_file() and ((folder / "finished").is_file() or any(folder.glob("checkpoint-*"))):
+        raise ValueError(f"{folder} holds a run without its settings.json; choose another `{option}`")
+    # A run that was refused before it began has left nothing but its claim: that is taken over.
+    if not path.is_file() or not any(item.is_file() and item != path for item in folder.rglob("*")):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"settings.{os.getpid()}.partial"
+        aside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if differing := sorted(key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key)):
+        raise ValueError(
+            f"{folder} was begun with other settings (differing: {', '.join(differing[:6])}); choose another "
+            f"`{option}` or delete it"
+        )
+
+
+def settings_of(args: SelectionConfig, training_args, model_args) -> dict[str, Any]:
+    """What a run depends on: its options, and the digests of pool and scores."""
+    from data_curation.inputs import digest
+
+    files = [Path(args.pool), *sorted((Path(args.scores) / "scores").rglob("*.parquet"))]
+    options = {key: value for key, value in training_args.to_dict().items() if not key.startswith(NO_MATTER)}
+    return asdict(args) | options | asdict(model_args) | {"data": [digest(str(file)) for file in files]}
+
+
 def main(args: SelectionConfig, training_args, model_args) -> None:
     from datasets import Dataset
     from transformers.trainer_utils import get_last_checkpoint
@@ -114,6 +153,7 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
     if args.selection not in SELECTIONS:
         raise ValueError(f"`selection` is {args.selection!r}; allowed: {', '.join(SELECTIONS)}")
     out = Path(training_args.output_dir)
+    claim(out, settings_of(args, training_args, model_args), "output_dir")
     if (out / "finished").is_file():
         return print(f"{out} already holds this run, finished; nothing to do")
     texts = choose(args.selection, *load(args), training_args.seed)

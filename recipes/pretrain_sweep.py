@@ -7,7 +7,8 @@ python recipes/pretrain_sweep.py --config recipes/smollm2-135m/pretrain.yaml --s
 ```
 
 Every step is skipped when its output is there, so the same command goes on after a stop; a run that has its row in
-`--results` is not repeated. Options after `--` go to the recipe.
+`--results` is not repeated. A results folder of another recipe, audit or options is refused. Options after `--` go to
+the recipe.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 import figures
 import numpy as np
 import yaml
-from pretrain import SELECTIONS  # the scripts beside this one
+from pretrain import SELECTIONS, claim  # the scripts beside this one
 from sweep import calibrate, call
 
 from calibrate import stats
@@ -83,7 +84,13 @@ def main(words: list[str]) -> None:
     parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")
     arguments = parser.parse_args(own)
     results = arguments.results or arguments.out
-    model = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))["model_name_or_path"]
+    recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    settings = {name: getattr(arguments, name) for name in ("vectors", "max_tasks", "max_concepts")}
+    try:
+        claim(results, settings | {"config": recipe, "rest": rest}, "--results")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    model = recipe["model_name_or_path"]
 
     def audit(which, out: Path) -> Record:
         calibrate(

@@ -122,12 +122,43 @@ def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys, 
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
         assert said in capsys.readouterr().out
+    held = r"error: .*/run was begun with other settings \(differing: {}\); choose another `output_dir` or delete it"
+    for option, value, told in (("selection", "random", "selection"), ("tokens", 64, "tokens"), ("seed", 9, "seed")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words, f"--{option}", str(value)])
+        with pytest.raises(SystemExit, match=held.format(told)):
+            runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
     adapter = load_file(out / "adapter_model.safetensors")
     assert any(part.abs().max() > 0 for name, part in adapter.items() if "lora_B" in name)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words, "--selection", "best"])
     with pytest.raises(SystemExit, match="error: `selection` is 'best'; allowed: curated, random, valence, inverted"):
         runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
     assert torch.isfinite(torch.cat([part.flatten() for part in adapter.values()])).all()
+
+
+def test_a_folder_is_of_one_run(scored):
+    """The checkpoints of another run were gone on from; other scores of the pool were taken for the same."""
+    out = scored / "run"
+    (out / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run holds a run without its settings\.json; choose another `output_dir`"):
+        pretrain.claim(out, {"seed": 0}, "output_dir")
+    (out / "checkpoint-5").rmdir()
+    from trl import ModelConfig, SFTConfig
+
+    def settings(**changes):
+        args = pretrain.SelectionConfig(str(scored / "pool.parquet"), str(scored / "scored"), "curated")
+        return pretrain.settings_of(
+            args, SFTConfig(**{"output_dir": str(out), "bf16": False} | changes), ModelConfig()
+        )
+
+    pretrain.claim(out, {"seed": 0}, "output_dir")
+    pretrain.claim(out, settings(), "output_dir")  # nothing was done of the other
+    (out / "finished").touch()
+    pretrain.claim(out, settings(logging_steps=3, save_steps=2, output_dir="elsewhere"), "output_dir")
+    with pytest.raises(ValueError, match="differing: learning_rate, max_length"):
+        pretrain.claim(out, settings(learning_rate=1.0, max_length=8), "output_dir")
+    (scored / "scored" / "scores" / "1.parquet").unlink()
+    with pytest.raises(ValueError, match="differing: data"):
+        pretrain.claim(out, settings(), "output_dir")
 
 
 def test_a_row_by_hand():
@@ -161,8 +192,12 @@ def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
     assert train[-2:] == ("--tokens", "512")
     assert json.loads((tmp_path / "out/curated-seed3/row.json").read_text())["selection"] == "curated"
     commands.clear()
-    pretrain_sweep.main([*words, "random"])
+    pretrain_sweep.main([*words, "random", "--", "--tokens", "512"])
     assert len(commands) == 3  # curated is finished
+    for more in (["--max-tasks", "3", "--", "--tokens", "512"], ["--", "--tokens", "9"]):
+        told = r"out was begun with other settings \(differing: \w+\); choose another `--results` or delete it"
+        with pytest.raises(SystemExit, match=told):
+            pretrain_sweep.main([*words, *more])
     table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     assert [line.split(" |")[0] for line in table[2:]] == ["| curated-seed3", "| random-seed3"]
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
