@@ -9,6 +9,7 @@ from records import BASELINE, LEVELS, SPREAD, make_record
 from calibrate import report
 from calibrate.audit import readers, verdict
 from calibrate.audit.profile import TokenTrace
+from calibrate.report import profile
 
 pytestmark = pytest.mark.browser
 
@@ -54,3 +55,25 @@ def test_the_verdict_is_read_and_the_concept_chosen(browser, planted, tmp_path):
     assert browser.get_log("browser") == []  # nothing was refused or not found
     width = by_css("html")[0]
     assert int(width.get_property("scrollWidth")) <= int(width.get_property("clientWidth"))  # no sideways scrolling
+
+
+def test_a_profile_is_read_and_the_concept_chosen(browser, planted, tmp_path):
+    """The scenarios read 0; the first and only token of the transcript reads +4 sigma desperate and -2 calm."""
+    planted.set_band([2], "by hand")
+    trace = TokenTrace("alder/failing", "b", [(0, 1)], ["reply"], {"desperate": [4.0], "calm": [-2.0]})
+    record = make_record(planted, BASELINE)
+    found = record.contexts.profile._replace(traces=[trace])
+    profile.write(tmp_path, record._replace(contexts=record.contexts._replace(profile=found)))
+    browser.get((tmp_path / "profile.html").as_uri())
+    by_css = lambda query: browser.find_elements("css selector", query)  # noqa: E731
+    assert by_css("#profile")[0].text == "Emotional profile of planted"
+    (token,) = by_css(".trace span")
+    assert "rgb(181, 68, 46)" in token.value_of_css_property("background-image")
+    by_css("label[for=pick1]")[0].click()
+    assert "rgba(31, 95, 168, 0.5)" in token.value_of_css_property("background-image")
+    by_css("summary")[0].click()
+    assert "desperate" in by_css("details[open] td")[1].text
+    assert by_css("td.heat")[0].text == "0.00"
+    assert browser.get_log("browser") == []
+    width = by_css("html")[0]
+    assert int(width.get_property("scrollWidth")) <= int(width.get_property("clientWidth"))

@@ -298,7 +298,12 @@ def test_json_is_what_its_schema_says(audits, tmp_path):
 SHARES = dict.fromkeys(("solved", "strict_hack", "attempted_hack", "concession", "false_success", "gave_up"), 0.0)
 FULL = {  # `more` after a full audit: two rollouts, six activities, one direction of which no dose is usable
     "rollouts": [
-        {"key": ["t", True, False, i], "outcome": SHARES | {"solved": i, "runnable": 3, "attempts": 4}} for i in (0, 1)
+        {
+            "key": [f"t{i}", True, False, 0],
+            "cut": False,
+            "outcome": SHARES | {"solved": i, "runnable": 3, "attempts": 4},
+        }
+        for i in (0, 1)
     ],
     "preferences": {
         "activities": [f"{SCRIPT}{i}" for i in range(6)], "elo": [1000.0 + 10 * i for i in range(6)], "first": 0.2,
@@ -306,7 +311,7 @@ FULL = {  # `more` after a full audit: two rollouts, six activities, one directi
         "steered": {"random 1": {"raw": [-30.2, -40.0, -20.0], "slope": 0.5, "residual": [3.0, -1.0, 7.0]}},
     },
     "replies": [
-        {"id": SCRIPT, "kind": "harshness", "reply": SCRIPT, "grades": {"good": good, "bad": 1 - good}}
+        {"id": f"{good}{SCRIPT}", "kind": "harshness", "reply": SCRIPT, "grades": {"good": good, "bad": 1 - good}}
         for good in (0, 1)
     ],
     "dose": [{"name": SCRIPT, "points": [], "usable": [0.0, 0.0], "slope": None}],
@@ -329,14 +334,15 @@ def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
     row = cells[cells.index("impossible") - 1 :]
     assert row[:5] == ["before", "impossible", "no", "2", "0.5 [0.0945, 0.905]"]
     assert row[10].startswith("0.75 [")
+    assert row[11] == "0"  # cut
     assert ", ".join(f"{SCRIPT}{i} {1000 + 10 * i}" for i in (5, 4, 3, 2, 1)) in cells
     assert f"{SCRIPT} 0.50 (0.040)" in cells
     assert cells[cells.index("0.0 to 0.0") + 1] == "not formed"
     assert cells[cells.index("random 1") + 1 :][:3] == ["-30 [-40, -20]", "0.50", "3 [-1, 7]"]
     graded = cells.index("harshness")
-    assert cells[graded + 1 : graded + 3] == ["2", "good 0.5 [0.0945, 0.905], bad 0.5 [0.0945, 0.905]"]
+    assert cells[graded + 1 : graded + 4] == ["2", "2", "good 0.5 [0.0945, 0.905], bad 0.5 [0.0945, 0.905]"]
     assert [title for title in elements(page, "h3") if SCRIPT in title][:2] == [
-        f"{SCRIPT}, before: bad", f"{SCRIPT}, before: good",
+        f"0{SCRIPT}, before: bad", f"1{SCRIPT}, before: good",
     ]  # fmt: skip
     trained_on = cells.index("1.50")  # (1 + 2) / 2 and (2 + 4.5) / 2
     assert cells[trained_on - 1 : trained_on + 2] == ["before", "1.50", "3.25"]

@@ -135,7 +135,11 @@ def dose(figure, curves: list[dict]) -> None:
     """A row for each direction: honest over gaming replies by dose, and beside it what the dose damages."""
     kinds = [("margin", "honest over gaming (nats)"), ("loss", "loss of neutral text (nats)"),
              ("repetition", "repeated 4-grams (share)"), ("runnable", "runnable answers (share)")]  # fmt: skip
-    kinds = [(key, title) for key, title in kinds if any(key in point for c in curves for point in c["points"])]
+    kinds = [
+        (key, title)
+        for key, title in kinds
+        if any(point.get(key) is not None for c in curves for point in c["points"])
+    ]
     figure.set_size_inches(8, 1.5 * len(curves) + 0.6)
     grid = figure.subplots(len(curves), len(kinds), squeeze=False, sharex=True, sharey="col")
     for row, curve in zip(grid, curves, strict=True):
