@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
     contrast = facets.load(LABELS / "contrast.jsonl") if arguments.contrast else []
     both = [rows, contrast]
     tiers = fit.fit(rows, arguments.scorer, states=arguments.states)
-    valence = [fit.valence([row["text"] for row in part]) for part in both]
+    valence = [evaluation.valence([row["text"] for row in part]) for part in both]
     labels = [evaluation.labelled(part, of) for part, of in zip(both, valence, strict=True)]
     found: dict[str, dict] = {}
     for name, features in baselines(both, valence, arguments.states).items():

@@ -1,5 +1,6 @@
 """How good scores are: against labelled passages, with intervals by source."""
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,16 @@ def labelled(rows: list[dict[str, Any]], valence: np.ndarray | None = None) -> L
     events = np.array([str(row.get("pair") or row.get("event") or row["id"]) for row in rows])
     sources = texts[1] if len(set(texts[1])) >= 3 else events  # as the folds
     return Labelled(texts[0], np.array(regulation), sources, events, _or_nan(valence, len(rows)))
+
+
+def valence(texts: list[str]) -> np.ndarray | None:
+    """VADER's compound valence of every text, -1 to 1; None where `vaderSentiment` is not installed."""
+    if importlib.util.find_spec("vaderSentiment") is None:
+        return None
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyser = SentimentIntensityAnalyzer()
+    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
 
 
 def _or_nan(values: np.ndarray | None, count: int) -> np.ndarray:

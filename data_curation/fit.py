@@ -4,7 +4,6 @@
 
 import argparse
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -286,7 +285,7 @@ def _write(out: Path, config: dict[str, Any], tiers: dict[int, Fitted]) -> None:
 
 def evaluate(rows: list[dict[str, Any]], fitted: Fitted) -> list[evaluation.Figure]:
     """Cross-validated figures of a tier on the rows it was fitted on, and each low cell left out of all fitting."""
-    labels = evaluation.labelled(rows, valence([row["text"] for row in rows]))
+    labels = evaluation.labelled(rows, evaluation.valence([row["text"] for row in rows]))
     threshold = fitted.config["settings"]["threshold"]
     score = np.where(fitted.null, 0.5, fitted.scores["regulation"])
     found = evaluation.figures(score, fitted.null, threshold, labels)
@@ -298,16 +297,6 @@ def evaluate(rows: list[dict[str, Any]], fitted: Fitted) -> list[evaluation.Figu
         interval = evaluation.separation(raw, side)
         found.append(evaluation.Figure(f"AUC without {cell.replace('_', ' ')} in fitting", *interval, labels.note))
     return found
-
-
-def valence(texts: list[str]) -> np.ndarray | None:
-    """VADER's compound valence of every text, -1 to 1; None where `vaderSentiment` is not installed."""
-    if importlib.util.find_spec("vaderSentiment") is None:
-        return None
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyser = SentimentIntensityAnalyzer()
-    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
