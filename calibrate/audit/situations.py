@@ -18,9 +18,7 @@ from calibrate.stats import Interval
 from calibrate.vectors import EmotionVectors
 
 PLACES = ("user", "header", "reply")
-REPLIES = agents.Settings(
-    max_new_tokens=32, temperature=0, batch=27
-)  # the likeliest tokens; short, so that it is quick
+REPLIES = agents.Settings(max_new_tokens=24, temperature=0, batch=27)  # the likeliest tokens, few
 
 
 class Text(NamedTuple):
