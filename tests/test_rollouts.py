@@ -148,7 +148,7 @@ print("found", {found for text in texts for found in re.findall("[0-9a-f]{32}", 
     task = SAMPLE[0]
     found = rollouts.attempt(task, False, {task.check_file: task.checks}, block(**{task.code_file: code}))
     assert f"read ./{task.code_file}\n" in found.output
-    assert "not read /proc/1/mem\n" in found.output
+    assert "not read /proc/1/environ\n" in found.output  # nor its memory, which takes the same right
     assert "found set()\n" in found.output
 
 
