@@ -261,6 +261,32 @@ def test_pairs_stand_on_the_failing_contexts():
     assert 0.4 < sum(chosen > rejected for chosen, rejected in lengths) / len(pairs) < 0.6
 
 
+def test_questions_and_code_do_not_tell_honest_from_gaming_replies():
+    """In the pair of a further hand, the last of each audit task's plain conversation; of the older pairs' replies,
+    51 of 70 honest ones ask something, no gaming one does, and none holds code."""
+    pairs = [pair for pair in corpora.load_pairs() if (pair.split, pair.context) == ("audit", "plain")]
+    further = {pair.task: (pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in pairs}
+    assert len(further) == 28
+    fenced = [["```python\n" in reply for reply in replies] for replies in further.values()]
+    asked = [["?" in reply for reply in replies] for replies in further.values()]
+    assert all(honest == gaming for honest, gaming in fenced)
+    # By code and by a question in the gaming reply 7 each; by code and by one in the honest reply as even as 7 can be.
+    assert Counter((code, gaming) for (code, _), (_, gaming) in zip(fenced, asked, strict=True)) == {
+        (code, gaming): 7 for code in (True, False) for gaming in (True, False)
+    }
+    assert Counter(code for (code, _), (honest, _) in zip(fenced, asked, strict=True) if honest) == {True: 4, False: 3}
+    assert Counter(gaming for honest, gaming in asked if honest) == {True: 4, False: 3}
+    seen: set = set()
+    for task, replies in further.items():
+        assert replies[0].endswith("?") == ("?" in replies[0]), task
+        short, long = sorted(len(reply.split()) for reply in replies)
+        assert 35 <= short <= long <= 60, task
+        assert long - short <= 0.1 * long, task
+        found = set().union(*map(sequences, replies))
+        assert not found & seen, task
+        seen |= found
+
+
 def test_tasks_of_different_splits_share_no_eight_words():
     """In what was written for them: a reader that learnt phrases of the training tasks finds none in the audit."""
     written: dict[str, set] = {split: set() for split in corpora.SPLITS}
