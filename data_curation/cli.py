@@ -105,7 +105,7 @@ def _add_report(verbs, talk: argparse.ArgumentParser) -> None:
     five.add_argument("results", nargs="*", type=Path, help="folders of `curate reweight`, `tag` or `filter`")
     five.add_argument("--out", type=Path, required=True, help="folder to write report.html and README.md to")
     five.add_argument("--group-columns", nargs="+", default=[], help="columns whose groups' keep rates are compared")
-    five.add_argument("--threshold", type=float, help="parts kept from not kept (default: a filter's, or the scorer's)")
+    five.add_argument("--threshold", type=float, help="parts kept from not kept (default: a filter's or the scorer's)")
     five.add_argument("--workers", type=int, default=1, help="shards read at once for the columns (default: 1)")
     five.set_defaults(run=report)
 
