@@ -123,7 +123,7 @@ def test_fresh_starts_over_though_nothing_that_is_recorded_changed(tmp_path):
 
 
 def test_as_many_shards_cut_elsewhere_are_not_mixed_in(tmp_path):
-    """Groups of 1.1 MB: two megabytes hold one, three hold two; of five the last two shards differ."""
+    """Four groups of 1.1 MB: three megabytes hold two of them, four hold three; two shards either way."""
     rows = [{"id": i, "text": random.Random(i).randbytes(550).hex()} for i in range(4000)]
     write_parquet(tmp_path / "a.parquet", rows)
     cut = {mb: [(s.start, s.stop) for s in find(str(tmp_path / "a.parquet"), mb << 20).shards] for mb in (3, 4)}
