@@ -168,8 +168,8 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     }  # fmt: skip
     measured = []
     monkeypatch.setattr(dose, "measure", lambda *given: measured.append(given[2]) or measure(*given))
-    for again in ("preferences.ask", "preferences.steered", "agents.reply"):
-        monkeypatch.setattr(f"calibrate.audit.{again}", pytest.fail)
+    for again in ("audit.preferences.ask", "audit.preferences.steered", "commands.full._replies"):
+        monkeypatch.setattr(f"calibrate.{again}", pytest.fail)
     calibrate(*command)
     assert measured == ["random 1"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -43,7 +43,7 @@ ROWS = [
     (Text("p0", "speakers", "x", said("Steady."), {"reply": "calm", "other": "desperate"}), (0, 0), (-2, 5)),
     (Text("p1", "speakers", "x", said("Steady."), {"reply": "calm", "other": "desperate"}), (0, 0), (-4, 1)),
     *((Text(f"l/{r}", "ladders", "l", [], {"rung": r, "calm": "up"}), (0, r), NAN) for r in range(3)),
-    (Text(7, "chats", "own", said("Ok.")), (0.5, 0.25), (1.5, 2.5)),
+    (Text("7", "chats", "own", said("Ok.")), (0.5, 0.25), (1.5, 2.5)),
     (Text(f"chat {SCRIPT}", "chats", "own", said("Ok.")), (2.5, 0.25), NAN),
 ]
 
@@ -115,10 +115,10 @@ def test_a_calm_text_over_a_desperate_state_is_listed(record, planted, tmp_path)
         ("p0", [], False), ("p1", [], False), ("7", [], True),
     ]  # fmt: skip
     assert found.replies[1].share == pytest.approx(2 / 3)
-    assert found.unshown.estimate == 3 / 5
-    assert found.reading_without.estimate == pytest.approx((2 + 9 - 2 - 4 + 1.5) / 5)
     assert found.reading_with is None  # of one reply
-    page, _ = written(tmp_path, record)
+    page, data = written(tmp_path, record)
+    assert data["wording"]["unshown"]["estimate"] == 3 / 5
+    assert data["wording"]["reading_without"]["estimate"] == pytest.approx((2 + 9 - 2 - 4 + 1.5) / 5)
     assert [line for line in elements(page, "summary") if "replies" in line] == [
         "Felt and not shown, 3 replies", "All, 6 replies",
     ]  # fmt: skip
