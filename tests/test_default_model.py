@@ -9,7 +9,7 @@ from conftest import write_jsonl
 from huggingface_hub import constants
 from test_cli import calibrate
 
-from calibrate import models
+from calibrate import default_model, models
 from calibrate.activations import Tap, states
 from calibrate.audit.record import load_record
 from calibrate.corpora import load_stories
@@ -129,7 +129,7 @@ def test_it_knows_the_capital_of_france(default):
 
 def test_a_conversion_today_gives_the_cached_folder(default, tmp_path):
     """A change in the conversion needs another `_CONVERSION`, or an older result would be read in its place."""
-    models._convert(models._wheel_file(), tmp_path / "again")
+    default_model._convert(default_model._wheel_file(), tmp_path / "again")
     for file in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):  # the others name versions and options
         cached, again = (
             hashlib.sha256((folder / file).read_bytes()).hexdigest()

@@ -60,7 +60,7 @@ def test_figures_by_hand(make, tiny):  # noqa: F811
     means = [sum(len(text.ids) for text in kind) / len(kind) for kind in kinds]
     assert len(means) == 2
     assert found.text_tokens == pytest.approx(sum(means) / 2 * 2 / 3)
-    files = [path for path in (readings.models.cache_folder()).glob("reference-*/*") if path.is_file()]
+    files = [path for path in (readings.default_model.cache_folder()).glob("reference-*/*") if path.is_file()]
     tensors = [part for path in files for part in load_file(path).values()]
     assert len(files) == 2
     assert found.reference == sum(part.nbytes for part in tensors)

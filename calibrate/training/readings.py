@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from calibrate import activations, models, transcripts
+from calibrate import activations, default_model, models, transcripts
 from calibrate.corpora import Context
 from calibrate.vectors import EmotionVectors
 
@@ -129,7 +129,7 @@ def reference(model: Any, probes: list[Probe], layers: list[int], role_weights: 
     """
     content = [weight_hash, str(next(model.parameters()).dtype), layers, role_weights, [list(map(repr, probes))]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-    path = models.cache_folder() / "reference-states" / f"{key}.safetensors"
+    path = default_model.cache_folder() / "reference-states" / f"{key}.safetensors"
     if not path.is_file():
         tensors = {}
         sequences = [probe.ids for probe in probes]
