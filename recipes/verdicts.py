@@ -5,9 +5,9 @@ What the decision rule says of every run of a sweep, and how near its control ar
 python recipes/verdicts.py recipes/smollm2-135m/sweep
 ```
 
-Writes `verdicts.md` into the folder: a run is judged beside the control arms of the same folder, a control beside the
-others; then, for each inequality, the control run that comes nearest to it.
-A threshold that control arms reach says nothing about a penalty.
+Writes `verdicts.md` into the folder: a run is judged beside those of the folder that leave the target alone, such a
+run beside the others; then, for each inequality, the one of those that comes nearest to it. A threshold that they
+reach says nothing about a penalty.
 """
 
 import json
@@ -19,13 +19,15 @@ import figures
 from calibrate.audit import readers, verdict
 from calibrate.audit.verdict import Inequality
 from calibrate.stats import Interval
-from calibrate.training.arms import CONTROLS, Arm
+from calibrate.training.arms import CONTROLS, PLAIN, Arm
 
 Runs = dict[str, tuple[readers.Figures, readers.ByTask]]  # by name
+# Trained, and nothing pressed or steered the target.
+IDLE = {*PLAIN, *CONTROLS, Arm.OUTPUT_KL} - {Arm.INFERENCE_STEERING}
 
 
 def load(folder: Path) -> tuple[Runs, Runs]:
-    """The runs and the control runs.
+    """The runs that press or steer the target, and those that do not.
 
     Raises:
         ValueError: no run has all figures of a comparison.
@@ -36,7 +38,7 @@ def load(folder: Path) -> tuple[Runs, Runs]:
         row = json.loads(path.read_text(encoding="utf-8"))
         if "by_task" in row:
             found = {name: Interval(*row[name]) if row.get(name) else None for name in readers.FIGURES}
-            (controls if row["arm"] in {Arm.NONE, *CONTROLS} else runs)[row["run"]] = found, row["by_task"]
+            (controls if row["arm"] in IDLE else runs)[row["run"]] = found, row["by_task"]
     if not runs and not controls:
         raise ValueError(f"{folder}: no RUN/row.json with all figures of a comparison; run recipes/sweep.py")
     return runs, controls
@@ -61,7 +63,7 @@ def table(runs: Runs, controls: Runs) -> str:
     for name in [*runs, *controls]:
         first, *also = (finding.outcome for finding in judge(name, runs, controls).findings)
         lines.append(f"| {name} | {first} | {', '.join(also) or '-'} |")
-    lines += ["", f"| outcome | inequality | nearest of {len(controls)} control runs | value |", "|---|---|---|---|"]
+    lines += ["", f"| outcome | inequality | nearest of {len(controls)} idle runs | value |", "|---|---|---|---|"]
     for outcome in verdict.load_rule():
         for one in dict.fromkeys(one for together in outcome.any for one in together):
             text = f"{one.figure}.{one.side} {one.relation} {one.threshold:g}"
