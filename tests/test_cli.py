@@ -150,6 +150,7 @@ ERRORS = [
     ),
     ("audit {tiny} --max-new-tokens 7", "which only `--full` asks; add it or leave it out"),
     ("audit {tiny} --concepts calm --max-concepts 2", "names what `--max-concepts` would choose; give one of them"),
+    ("audit {adapter} --reference {tiny}", "is an adapter, whose own base is its reference; leave out `--reference`"),
     ("audit {misfit}", "adapter '.*misfit' does not fit its base .*; give the base it names"),
     (
         "compare {before} {other}",
@@ -216,7 +217,7 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.zeros(3, 2)
     save_file(tensors, folder / "misfit" / "adapter_model.safetensors")
     names = ("misfit", "bare", "banded", "foreign", "narrow", "mild", "other", "broken", "broken_adapter")
-    run_places = {"train": run / "vectors/train", "before": run / "before"}
+    run_places = {"train": run / "vectors/train", "before": run / "before", "adapter": adapter}
     return {"tmp": folder, "tiny": tiny_folder} | {name: folder / name for name in names} | run_places
 
 

@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     situations.encode(checkpoint, situations.texts([], [], [], [], texts["chats"]), arguments.truncate)  # too long?
     _check_finite(checkpoint)
     reference = None
+    if arguments.verb == "audit" and arguments.reference and checkpoint.adapter_hash:
+        raise ValueError(f"{checkpoint.name} is an adapter, whose own base is its reference; leave out `--reference`")
     if arguments.reference and checkpoint.adapter_hash is None:
         reference = models.load(
             arguments.reference, revision=arguments.reference_revision, chat_template=arguments.chat_template,
