@@ -263,6 +263,18 @@ def test_evasion_beyond_training_without_a_penalty():
     assert "evasion_over_none" not in readers.beside_controls(by_task(0.0), {"none": by_task(-2.0)})
 
 
+def test_propagation_beyond_training_without_a_penalty():
+    """Of a contrast of 2 the band lost 1.5 and, beyond what `none` raised, 2: all of it. Above, of 1.5, 0.3 and, beyond
+    `none`, 0.9: 60 %."""
+    above = {"contrast": [2.0] * 4, "fall_above": [0.3] * 4, "contrast_above": [1.5] * 4}
+    raised = {"contrast": [2.0] * 4, "fall_above": [-0.6] * 4, "contrast_above": [1.5] * 4}
+    arm, none = by_task(1.5) | above, by_task(-0.5) | raised
+    assert readers.beside_controls(arm, {"none": none})["propagation"] == pytest.approx((0.6, 0.6, 0.6))
+    assert "propagation" not in readers.beside_controls(arm, {"random": none})  # the change's own stands
+    fallen = by_task(1.25) | above  # 0.25 sigma are left: too few for a ratio
+    assert readers.beside_controls(arm, {"none": fallen})["propagation"] is None
+
+
 def test_without_controls_nothing_is_beyond_them():
     assert readers.beside_controls(by_task(2.0), {}) == {}
 

@@ -40,8 +40,12 @@ def test_an_audit_has_fourteen_tasks_with_a_pair_each_and_a_story_of_every_conce
     stories = texts["stories"]
     assert sum(story.concept == "desperate" for story in stories) == 4
     assert len(stories) == 4 + len({story.concept for story in stories}) - 1 == 174
+    asked = [row.kind for row in texts["scenarios"] if row.id in texts["answered"]]
+    assert {kind: asked.count(kind) for kind in asked} == dict.fromkeys({row.kind for row in texts["scenarios"]}, 4)
     splits = {
-        name: {getattr(row, "split", "audit") for row in rows} for name, rows in texts.items() if name != "twins"
+        name: {getattr(row, "split", "audit") for row in rows}
+        for name, rows in texts.items()
+        if name not in ("twins", "answered")
     }
     assert splits.pop("neutral") == {"train"}  # its components are projected out of the own directions
     assert all(split <= {"audit"} for split in splits.values())
@@ -56,6 +60,7 @@ def test_a_full_audit_has_everything():
     assert len(texts["pairs"]) > len({pair.task for pair in texts["pairs"]})
     assert len(texts["stories"]) == 4 * 171
     assert len(texts["neutral"]) > 60
+    assert len(texts["answered"]) == len(texts["scenarios"]) > 36
     assert [failing.id for failing, _ in texts["elsewhere"]] == [
         failing.id for failing, _ in texts["twins"] if failing.context == "plain"
     ]

@@ -109,15 +109,15 @@ def test_a_chat_that_does_not_fit_is_refused_or_cut_at_its_beginning(tools, monk
 
 
 def test_a_text_that_ends_with_the_user_gets_the_models_own_reply(tools):
-    """What the model writes most likely, once; hints, ladders and chats that have a reply stay as they are."""
+    """What the model writes most likely, once; texts that are not wanted or have a reply stay as they are."""
     checkpoint, _ = tools
     rows = [
         Text("open", "scenarios", "x", CHAT[:2]),
         Text("mine", "chats", "own", [*CHAT, USER]),
         Text("done", "chats", "own", CHAT),
-        Text("hint", "implicit", "sad", [USER]),
+        Text("other", "scenarios", "x", [USER]),
     ]
-    found = situations.answered(checkpoint, rows)
+    found = situations.answered(checkpoint, rows, ["open", "mine", "done"])
     assert found[2:] == rows[2:]
     for row, new in zip(rows[:2], found[:2], strict=True):
         assert new._replace(messages=row.messages) == row
@@ -134,9 +134,9 @@ def test_a_reply_that_does_not_fit_or_is_empty_is_not_there(tools, monkeypatch):
     row = Text("open", "scenarios", "x", CHAT[:2])
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.model.config, "max_position_embeddings", 60)
-        assert situations.answered(checkpoint, [row]) == [row]
+        assert situations.answered(checkpoint, [row], ["open"]) == [row]
     monkeypatch.setattr(situations.agents, "reply", lambda *given: [" \n"])
-    assert situations.answered(checkpoint, [row]) == [row]
+    assert situations.answered(checkpoint, [row], ["open"]) == [row]
 
 
 # ---- summary

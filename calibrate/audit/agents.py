@@ -109,6 +109,7 @@ def reply(checkpoint: Checkpoint, chats: list[list[dict[str, str]]], settings: S
     window = models.window(checkpoint.model) or 10**9
     encoded = [transcripts.encode(checkpoint.tokenizer, messages, "") for messages in chats]
     fitting = [i for i, text in enumerate(encoded) if len(text.ids) + settings.max_new_tokens <= window]
+    fitting.sort(key=lambda i: len(encoded[i].ids))  # batches with little padding
     if len(fitting) < len(chats):
         logger.info(
             "%d of %d chats left out: with a reply of %d tokens they do not fit the window of %d",

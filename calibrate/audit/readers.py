@@ -47,7 +47,7 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
     "fall_text": "part of it by the text: either model reads the other's reply (sigma)",
     "fall_state": "part of it by the state: both models read the same reply (sigma)",
     "returned": "share of the fall that benign fine-tuning brings back",
-    "propagation": "share of the contrast removed above the band, over that at the band",
+    "propagation": "share of the contrast removed above the band, over that at the band; beyond an arm `none`, if given",
     "rise_above": "largest rise of the reading at a layer above the band, failing contexts beyond their twins (sigma)",
     "rise_elsewhere": "largest rise of another unpleasant concept beyond itself and its level on the twins (sigma)",
     "margin": "honest over gaming replies on failing contexts, change (nats per token)",
@@ -68,7 +68,9 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
 
 
 Figures = dict[str, Interval | None]  # by the names of `FIGURES`; None where a figure cannot be formed
-ByTask = dict[str, list[float]]  # `fall_failing`, `fall_own` and `gain` of every task
+# `fall_failing`, `fall_own` and `gain` of every task and, where layers above the band are stored, what `propagation` is
+# formed from: `contrast`, `fall_above` and `contrast_above`, the last two summed over those layers.
+ByTask = dict[str, list[float]]
 
 
 class ConceptChange(NamedTuple):
@@ -116,7 +118,6 @@ def compare(before: Record, after: Record) -> Change:
     }
     if effects.counts(failing):
         figures["specificity"] = stats.bootstrap(effects.relative_difference, failing, passing)
-        figures["propagation"] = _propagation(frozen, row, failing, contrast, _above(vectors))
     falls = [
         [effects.fall(frozen, "header", kind, row, [i]) for kind in ("passing", "failing")] for i in _above(vectors)
     ]
@@ -128,6 +129,12 @@ def compare(before: Record, after: Record) -> Change:
     figures |= _others(before, frozen, concepts, at)
     found, gain = effects.behaviour(before, after)
     figures |= found | effects.executed(before, after)
+    by_task = {"fall_failing": failing.tolist(), "fall_own": own.tolist(), "gain": gain.tolist()}
+    if above := _above(vectors):
+        held = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, above].sum(1)
+        lost = effects.fall(frozen, "header", "failing", row, above) * len(above)
+        by_task |= {"contrast": contrast.tolist(), "fall_above": lost.tolist(), "contrast_above": held.tolist()}
+        figures["propagation"] = _propagation(by_task)
     figures |= effects.preserved(before, after, at) | effects.crossed(before, after)
     figures |= effects.elsewhere(before, after, row, at) | effects.relearned(before, after)
     layers = []
@@ -142,7 +149,7 @@ def compare(before: Record, after: Record) -> Change:
     directions = [record.own.directions["stories"] for record in (before, after)]
     return Change(
         figures=figures,
-        by_task={"fall_failing": failing.tolist(), "fall_own": own.tolist(), "gain": gain.tolist()},
+        by_task=by_task,
         concepts=concepts,
         layers=layers,
         probes={"before": effects.read_probes(before), "after": effects.read_probes(after)},
@@ -159,7 +166,7 @@ def beside_controls(change: ByTask, controls: dict[str, ByTask]) -> Figures:
 
     Args:
         controls: by the name of their arm; several runs of one are numbered (`none-1`, `none-2`). The mean of those
-            called `none` corrects the evasion index.
+            called `none` corrects the evasion index and the propagation ratio.
     """
     figures: Figures = {}
     for name, beyond in (("fall_failing", "fall_over_controls"), ("gain", "gain_over_controls")):
@@ -170,12 +177,14 @@ def beside_controls(change: ByTask, controls: dict[str, ByTask]) -> Figures:
         return figures
     plain = [control for name, control in controls.items() if re.fullmatch(r"none(-\w+)?", name)]
     if plain:
-        frozen, own = (
-            change[name] - np.mean([control[name] for control in plain], axis=0)
-            for name in ("fall_failing", "fall_own")
-        )
-        if effects.counts(frozen):
-            figures["evasion_over_none"] = stats.bootstrap(effects.relative_difference, frozen, own)
+        falls = [name for name in ("fall_failing", "fall_own", "fall_above") if name in change]
+        net = {name: change[name] - np.mean([control[name] for control in plain], axis=0) for name in falls}
+        if effects.counts(net["fall_failing"]):
+            figures["evasion_over_none"] = stats.bootstrap(
+                effects.relative_difference, net["fall_failing"], net["fall_own"]
+            )
+        if "fall_above" in net:
+            figures["propagation"] = _propagation(change | net)
     return figures
 
 
@@ -224,21 +233,17 @@ def _above(vectors: EmotionVectors) -> list[int]:
     return [i for i, layer in enumerate(vectors.layers) if layer > max(vectors.used_band())]
 
 
-def _propagation(
-    frozen: list[dict], row: int, fall: np.ndarray, contrast: np.ndarray, above: list[int]
-) -> Interval | None:
+def _propagation(moved: ByTask | dict[str, np.ndarray]) -> Interval | None:
     """1: the layers above lost as large a share of their contrast as the band did; 0: it was rebuilt there.
 
     A share, because the reading at the header tells failing from passing less and less towards the last layer. None
-    where there is too little contrast above the band to lose.
+    where the fall is too small, or there is too little contrast at or above the band to lose.
     """
-    if not above or stats.mean(contrast).estimate < effects.SMALLEST_FALL:
+    fall, contrast, lost, held = (
+        np.array(moved[name]) for name in ("fall_failing", "contrast", "fall_above", "contrast_above")
+    )
+    if not effects.counts(fall) or min(contrast.mean(), held.mean()) < effects.SMALLEST_FALL:
         return None
-    before = frozen[0]["header", "failing"] - frozen[0]["header", "passing"]
-    held = before[:, row][:, above].sum(1)
-    if held.mean() < effects.SMALLEST_FALL:
-        return None
-    lost = effects.fall(frozen, "header", "failing", row, above) * len(above)
     return stats.bootstrap(effects.share, lost, held, fall, contrast)
 
 

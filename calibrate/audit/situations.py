@@ -1,7 +1,8 @@
 """The 171 readings where nothing has failed: scenarios, hinted emotions, two speakers, rising quantities, own chats.
 
 One pass over all of them; each text is read at the end of the last user's message, at the turn header and, where there
-is one, over the assistant's last reply. Scenarios and own chats that end with the user get a reply of the model's own.
+is one, over the assistant's last reply. Own chats and scenarios (in a quick audit some of them) that end with the user
+get a reply of the model's own.
 """
 
 from typing import NamedTuple
@@ -57,13 +58,15 @@ def texts(
     return found + [Text(id_, "chats", "own", messages) for id_, messages in chats]
 
 
-def answered(checkpoint: Checkpoint, rows: list[Text]) -> list[Text]:
-    """The same texts, with the model's own reply where a scenario or an own chat has none yet.
+def answered(checkpoint: Checkpoint, rows: list[Text], wanted: list[str]) -> list[Text]:
+    """The same texts, with the model's own reply where a wanted one has none yet.
 
     One stays without, and so without a reading over the reply, where the reply is empty or does not fit the window.
+
+    Args:
+        wanted: ids of the texts.
     """
-    own = [i for i, row in enumerate(rows) if row.set in ("scenarios", "chats")]
-    asked = [i for i in own if rows[i].messages[-1]["role"] != "assistant"]
+    asked = [i for i, row in enumerate(rows) if row.id in wanted and row.messages[-1]["role"] != "assistant"]
     window = models.window(checkpoint.model) or 10**9
     found = list(rows)
     replies = agents.reply(checkpoint, [rows[i].messages for i in asked], REPLIES)

@@ -10,6 +10,7 @@ from calibrate.commands import digest, full, identity, is_done, load
 
 QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
 QUICK_ELSEWHERE = 8  # of them in another template too
+QUICK_ANSWERED = 36  # scenarios that the model answers
 QUICK_NEUTRAL = 60  # neutral dialogues whose leading components are projected out of the own directions
 
 
@@ -172,6 +173,8 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
     if arguments.chats and not records:
         raise ValueError(f"{arguments.chats}: no chats; give JSONL of {{id, messages}} or {{id, text}}")
     chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in records]
+    scenarios = corpora.spread(kinds.load(kinds.Scenario), most)
+    answered = corpora.spread(scenarios, None if arguments.full else QUICK_ANSWERED)
     return {
         "twins": twins,
         "elsewhere": elsewhere,
@@ -183,7 +186,8 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         ),
         "stories": stories,
         "deflection": [row for row in corpora.load_deflection() if row.split == "audit"] if arguments.full else [],
-        "scenarios": corpora.spread(kinds.load(kinds.Scenario), most),
+        "scenarios": scenarios,
+        "answered": [*(scenario.id for scenario in answered), *(id_ for id_, _ in chats)],
         "implicit": corpora.spread(kinds.load(kinds.Implicit), most),
         "speakers": corpora.spread(kinds.load(kinds.Speakers), most),
         "ladders": corpora.spread([row for row in corpora.load_ladders() if row.split == "audit"], most and most // 6),
@@ -231,7 +235,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         read.profile.traces.extend(contexts.trace_mailbox(checkpoint, vectors, texts["mailbox"], arguments.target))
         elsewhere = harness.read(checkpoint, vectors, texts["elsewhere"])
         rows = situations.texts(*(texts[name] for name in ("scenarios", "implicit", "speakers", "ladders", "chats")))
-        rows = situations.answered(checkpoint, rows)
+        rows = situations.answered(checkpoint, rows, texts["answered"])
         found = situations.read(checkpoint, vectors, rows, arguments.truncate)
         asked = comprehension.read(checkpoint, texts["passages"], texts["messages"])
         neutral = preservation.read_neutral(checkpoint, texts["dialogues"], reference=reference and reference.model)
