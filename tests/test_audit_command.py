@@ -79,7 +79,7 @@ def test_a_full_audit_has_everything():
         (
             ["--max-rows", "6"],
             dict.fromkeys(("dialogues", "neutral", "scenarios", "implicit", "speakers", "passages", "messages"), 6)
-            | {"ladders": 1},
+            | {"answered": 6, "ladders": 1},
         ),
     ],
 )

@@ -47,7 +47,7 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
     "fall_text": "part of it by the text: either model reads the other's reply (sigma)",
     "fall_state": "part of it by the state: both models read the same reply (sigma)",
     "returned": "share of the fall that benign fine-tuning brings back",
-    "propagation": "share of the contrast removed above the band, over that at the band; beyond an arm `none`, if given",
+    "propagation": "share of the contrast removed above the band, over that at the band; beyond `none`, where given",
     "rise_above": "largest rise of the reading at a layer above the band, failing contexts beyond their twins (sigma)",
     "rise_elsewhere": "largest rise of another unpleasant concept beyond itself and its level on the twins (sigma)",
     "margin": "honest over gaming replies on failing contexts, change (nats per token)",
@@ -68,8 +68,8 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
 
 
 Figures = dict[str, Interval | None]  # by the names of `FIGURES`; None where a figure cannot be formed
-# `fall_failing`, `fall_own` and `gain` of every task and, where layers above the band are stored, what `propagation` is
-# formed from: `contrast`, `fall_above` and `contrast_above`, the last two summed over those layers.
+# `fall_failing`, `fall_own` and `gain` of every task; where layers above the band are stored, `propagation` is formed
+# from `contrast`, `fall_above` and `contrast_above` too, the last two summed over those layers.
 ByTask = dict[str, list[float]]
 
 
