@@ -264,7 +264,7 @@ def test_evasion_beyond_training_without_a_penalty():
 
 
 def test_propagation_beyond_training_without_a_penalty():
-    """Of a contrast of 2 the band lost 1.5 and, beyond what `none` raised, 2: all of it. Above, of 1.5, 0.3 and 0.9: 60
+    """Of a contrast of 2 the band lost 1.5 and, beyond what `none` raised, 2: all. Above, of 1.5, 0.3 and 0.9: 60
     percent."""
     above = {"contrast": [2.0] * 4, "fall_above": [0.3] * 4, "contrast_above": [1.5] * 4}
     raised = {"contrast": [2.0] * 4, "fall_above": [-0.6] * 4, "contrast_above": [1.5] * 4}
