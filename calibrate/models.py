@@ -205,7 +205,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
         others = [name for name, child in body.named_modules() if isinstance(child, nn.ModuleList)]
         raise ValueError(
             f"{type(body).__name__} has no list of {depth} blocks {f'named {named!r}' if named else 'right below it'}"
-            f"; name them with `--blocks NAME` (its lists: {', '.join(others) or 'none'})"
+            f"; name them with `--blocks NAME`, in a recipe `blocks: NAME` (its lists: {', '.join(others) or 'none'})"
         )
     return max(lists, key=lambda child: sum(p.numel() for p in child.parameters()))
 

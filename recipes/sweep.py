@@ -111,6 +111,7 @@ def run_one(name: str, options: dict[str, Any], arguments: argparse.Namespace, r
 def audit(model: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> None:
     tasks = ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
     only = ["--concepts", *arguments.concepts] if arguments.concepts else []
+    only += ["--blocks", arguments.blocks] if arguments.blocks else []
     calibrate(
         "audit", model, "--vectors", arguments.vectors, "--out", out, "--target", arguments.target,
         "--split", arguments.split, "--pressed", *tasks, *only, *more,
@@ -263,7 +264,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments.results = arguments.results or arguments.out
     recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
-    arguments.quantile = recipe.get("ceiling_quantile", 0.5)
+    arguments.quantile, arguments.blocks = recipe.get("ceiling_quantile", 0.5), recipe.get("blocks")
     arguments.target = recipe.get("concepts", ["desperate"])[0]
     return arguments, rest
 

@@ -161,7 +161,7 @@ def test_a_user_can_name_the_blocks_of_an_unknown_architecture(tiny_folder, monk
         return model, tokenizer
 
     monkeypatch.setattr(models, "_open", hidden)
-    with pytest.raises(ValueError, match=r"name them with `--blocks NAME` \(its lists: stage.parts\)"):
+    with pytest.raises(ValueError, match=r"`--blocks NAME`, in a recipe `blocks: NAME` \(its lists: stage.parts\)"):
         load(str(tiny_folder))
     model = load(str(tiny_folder), block_list="stage.parts").model
     assert blocks(model) is model.model.stage.parts

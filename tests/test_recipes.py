@@ -93,7 +93,7 @@ def test_a_refused_option_is_one_line_of_a_failing_command(tiny_folder, tiny_vec
         (
             "dpo",
             {"model_name_or_path": "./bare"},
-            r"has no chat template.*are those of `calibrate`; recipes have none",
+            r"has no chat template.*an option of `calibrate`; recipes have none",
         ),
         ("dpo", {"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
         ("dpo", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),

@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
-from calibrate import corpora
+from calibrate import corpora, models
 from calibrate.training import runs
 from calibrate.training.configs import CalibratedDPOConfig
 from calibrate.vectors import load_vectors
@@ -93,6 +93,26 @@ def test_parameters_that_lora_would_adapt_in_every_block_are_refused(tiny, tiny_
         runs.keep_below_band(lora, args)
     args.adapt_above_band = True
     runs.keep_below_band(lora, args)
+
+
+def test_modules_that_are_trained_whole_above_the_band_are_refused(tiny_vectors, tmp_path):
+    args = CalibratedDPOConfig(vectors=str(tiny_vectors), output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    lora = LoraConfig(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"`lora_modules_to_save` is \['lm_head'\], .* above the band too; remove it"):
+        runs.keep_below_band(lora, args)
+    args.adapt_above_band = True
+    runs.keep_below_band(lora, args)
+
+
+def test_a_recipe_can_name_the_blocks(tiny_folder, tiny_vectors, tmp_path):
+    """Of the model and, in full, of the reference too."""
+    options = {"vectors": str(tiny_vectors), "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    model = ModelConfig(model_name_or_path=str(tiny_folder), use_peft=False)
+    checkpoint, reference = runs._models(CalibratedDPOConfig(**options, blocks="layers"), model)
+    for one in (checkpoint.model, reference):
+        assert models.decoder(one).calibrate_blocks == "layers"
+    with pytest.raises(ValueError, match="no list of 5 blocks named 'rotary_emb'"):
+        runs._models(CalibratedDPOConfig(**options, blocks="rotary_emb"), model)
 
 
 def test_the_hinge_may_read_the_chosen_reply_never_the_rejected():

@@ -66,6 +66,7 @@ class CalibrationConfig:
     steer_dose: float = option(0.05, "`arm: preventative-steering`: share of the residual norm that is added.")
     random_seed: int = option(0, "`arm: random`: which draw.")
     adapt_above_band: bool = option(False, "Let LoRA adapt blocks above the band too; they could undo the penalty.")
+    blocks: str | None = option(None, "Dotted name of the model's list of blocks, where it is not found by itself.")
     twins: str | None = option(None, "JSONL of failing and passing contexts. Default: the shipped ones.")
     pairs: str | None = option(None, "JSONL of preference pairs. Default: the shipped ones.")
     neutral: str | None = option(None, "JSONL of neutral dialogues. Default: the shipped ones.")

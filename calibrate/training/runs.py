@@ -116,6 +116,7 @@ def _models(args: Any, model_args: Any) -> tuple[Checkpoint, Any]:
                 model_args.model_name_or_path,
                 revision=model_args.model_revision,
                 trust_remote_code=args.trust_remote_code,
+                block_list=args.blocks,
             )
 
     checkpoint = load()
@@ -185,6 +186,11 @@ def keep_below_band(peft_config, args: CalibrationConfig) -> None:
         raise ValueError(
             f"`lora_target_parameters` is {peft_config.target_parameters}, which LoRA adapts above the band too; use "
             "`lora_target_modules`, or set `adapt_above_band: true`"
+        )
+    if peft_config.modules_to_save:
+        raise ValueError(
+            f"`lora_modules_to_save` is {peft_config.modules_to_save}, which are trained whole, "
+            "above the band too; remove it, or set `adapt_above_band: true`"
         )
     band = args.layers or load_vectors(args.vectors).used_band()
     peft_config.layers_to_transform = list(range(max(band) + 1))
@@ -275,6 +281,6 @@ def main(recipe: Callable[[Any, Any], None], config: type) -> None:
         recipe(*parser.parse_args_and_config())
     except (ValueError, FileNotFoundError, YAMLError) as error:
         message = " ".join(str(error).split())  # on one line
-        if "--chat-template" in message or "--blocks" in message:  # the library names them, whoever calls it
-            message += " (options with `--` here are those of `calibrate`; recipes have none of them)"
+        if "--chat-template" in message:  # the library names it, whoever calls it
+            message += " (an option of `calibrate`; recipes have none of them)"
         sys.exit(f"error: {message}")
