@@ -118,11 +118,7 @@ def compare(before: Record, after: Record) -> Change:
     }
     if effects.counts(failing):
         figures["specificity"] = stats.bootstrap(effects.relative_difference, failing, passing)
-    falls = [
-        [effects.fall(frozen, "header", kind, row, [i]) for kind in ("passing", "failing")] for i in _above(vectors)
-    ]
-    rises = [stats.mean(twins - own) for twins, own in falls]
-    figures["rise_above"] = max(rises, key=lambda rise: rise.low, default=None)
+    figures["rise_above"], above = _above_band(frozen, row, vectors)
     found, own = _own_readers(before, after, failing, contrast, at)
     figures |= found
     concepts = _concepts(vectors.concepts, frozen, at)
@@ -130,10 +126,8 @@ def compare(before: Record, after: Record) -> Change:
     found, gain = effects.behaviour(before, after)
     figures |= found | effects.executed(before, after)
     by_task = {"fall_failing": failing.tolist(), "fall_own": own.tolist(), "gain": gain.tolist()}
-    if above := _above(vectors):
-        held = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, above].sum(1)
-        lost = effects.fall(frozen, "header", "failing", row, above) * len(above)
-        by_task |= {"contrast": contrast.tolist(), "fall_above": lost.tolist(), "contrast_above": held.tolist()}
+    if above:
+        by_task |= above | {"contrast": contrast.tolist()}
         figures["propagation"] = _propagation(by_task)
     figures |= effects.preserved(before, after, at) | effects.crossed(before, after)
     figures |= effects.elsewhere(before, after, row, at) | effects.relearned(before, after)
@@ -228,9 +222,16 @@ def _check_comparable(before: Record, after: Record) -> None:
         )
 
 
-def _above(vectors: EmotionVectors) -> list[int]:
-    """Positions of the stored layers above the band."""
-    return [i for i, layer in enumerate(vectors.layers) if layer > max(vectors.used_band())]
+def _above_band(frozen: list[dict], row: int, vectors: EmotionVectors) -> tuple[Interval | None, ByTask]:
+    """The largest rise at a stored layer above the band; the fall and the contrast before, summed over all of them."""
+    above = [i for i, layer in enumerate(vectors.layers) if layer > max(vectors.used_band())]
+    if not above:
+        return None, {}
+    falls = [[effects.fall(frozen, "header", kind, row, [i]) for kind in ("passing", "failing")] for i in above]
+    lost = np.sum([failing for _, failing in falls], axis=0)
+    held = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, above].sum(1)
+    rise = max((stats.mean(twins - own) for twins, own in falls), key=lambda rise: rise.low)
+    return rise, {"fall_above": lost.tolist(), "contrast_above": held.tolist()}
 
 
 def _propagation(moved: ByTask | dict[str, np.ndarray]) -> Interval | None:
