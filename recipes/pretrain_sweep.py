@@ -39,11 +39,16 @@ COLUMNS = {
 
 
 def row_of(name: str, selection: str, before: Record, after: Record) -> dict[str, Any]:
-    """Name, selection and every figure of `COLUMNS` with its 95 % interval over tasks or texts."""
+    """Name, selection, figures of `COLUMNS` with 95 % intervals over tasks or texts, and every concept's change."""
+    moved = {kind: header(after, kind) - header(before, kind) for kind in ("neutral", "failing")}
     found: dict[str, Any] = {
-        f"{concept}_{kind}": stats.mean(header(after, concept, kind) - header(before, concept, kind))
+        f"{concept}_{kind}": stats.mean(change[:, before.vectors.index(concept)])
         for concept in CONCEPTS
-        for kind in ("neutral", "failing")
+        for kind, change in moved.items()
+    }
+    found["profile"] = {
+        kind: dict(zip(before.vectors.concepts, change.mean(0).round(4).tolist(), strict=True))
+        for kind, change in moved.items()
     }
     change = readers.compare(before, after).figures
     loss = change["loss_change"]
@@ -51,11 +56,31 @@ def row_of(name: str, selection: str, before: Record, after: Record) -> dict[str
     return {"run": name, "selection": selection} | found | {key: change[key] for key in ("margin", "emotion_change")}
 
 
-def header(record: Record, concept: str, kind: str) -> np.ndarray:
-    """Reading at the turn header by task, mean over the band, sigma."""
-    at, row = record.vectors.positions(record.vectors.used_band()), record.vectors.index(concept)
+def header(record: Record, kind: str) -> np.ndarray:
+    """Readings at the turn header, mean over the band, sigma, [tasks, concepts]."""
+    at = record.vectors.positions(record.vectors.used_band())
     readings = record.profile.readings(record.vectors)["header"]
-    return record.profile.by_task(kind, readings)[:, row][:, at].mean(1)
+    return record.profile.by_task(kind, readings)[:, :, at].mean(2)
+
+
+def alike(rows: list[dict[str, Any]], kind: str) -> str:
+    """How far selections move all readings alike: the correlation over concepts of two runs' changes, as Markdown.
+
+    Mean over pairs of runs; on the diagonal they are two seeds of one selection.
+    """
+    names = [name for name in SELECTIONS if any(row["selection"] == name for row in rows)]
+    lines = [
+        f"| all concepts, {kind}: correlation of changes | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for one in names:
+        cells = []
+        for other in names:
+            pairs = [(a, b) for a in rows for b in rows if (a["selection"], b["selection"]) == (one, other) and a != b]
+            changes = [[list(row["profile"][kind].values()) for row in pair] for pair in pairs]
+            cells.append(f"{np.mean([np.corrcoef(pair)[0, 1] for pair in changes]):.2f}" if pairs else "-")
+        lines.append(f"| {one} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def write(folder: Path) -> None:
@@ -66,7 +91,8 @@ def write(folder: Path) -> None:
 
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/row.json"))]
     rows.sort(key=lambda row: SELECTIONS.index(row["selection"]))
-    figures.put(folder / "comparison.md", figures.table(rows, COLUMNS, cell))
+    tables = [figures.table(rows, COLUMNS, cell), alike(rows, "neutral"), alike(rows, "failing")]
+    figures.put(folder / "comparison.md", "\n\n".join(tables))
     figures.dots(rows, COLUMNS, "selection", folder / "comparison.png")
 
 

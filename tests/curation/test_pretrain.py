@@ -172,13 +172,33 @@ def test_a_row_by_hand():
     for name in ("desperate_failing", "calm_neutral", "afraid_failing", "margin"):
         assert row[name][0] == pytest.approx(0.0, abs=1e-4)
     assert row["perplexity"][0] == pytest.approx(1.005, abs=1e-3)
+    assert row["profile"]["failing"] == pytest.approx({"desperate": 0, "calm": 1.5, "afraid": 0, "angry": 0}, abs=1e-3)
+
+
+def test_how_alike_selections_move_all_concepts():
+    """Two curated seeds move three concepts in one pattern, a random one in its opposite; those two have one seed."""
+    changes = {"curated": [(1, 2, 3), (2, 4, 6)], "random": [(3, 2, 1)], "inverted": [(1, 3, 2)]}
+    rows = [
+        {"run": f"{name}{i}", "selection": name, "profile": {"neutral": dict(zip("abc", change, strict=True))}}
+        for name, runs in changes.items()
+        for i, change in enumerate(runs)
+    ]
+    assert pretrain_sweep.alike(rows, "neutral").splitlines()[2:] == [
+        "| curated | 1.00 | -1.00 | 0.50 |",
+        "| random | -1.00 | - | -0.50 |",
+        "| inverted | 0.50 | -0.50 | - |",
+    ]
 
 
 def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
     vectors, commands = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2]), []
     monkeypatch.setattr(pretrain_sweep, "call", lambda *words: commands.append(("train", *map(str, words))))
     monkeypatch.setattr(pretrain_sweep, "calibrate", lambda *words: commands.append(tuple(map(str, words))))
-    monkeypatch.setattr(pretrain_sweep, "load_record", lambda folder: make_record(vectors, BASELINE))
+    records = {
+        "before": make_record(vectors, BASELINE),
+        "audit": make_record(vectors, {"failing": {1: 0.5}, "neutral": {1: 0.5}}),
+    }
+    monkeypatch.setattr(pretrain_sweep, "load_record", lambda folder: records[folder.name])
     config = tmp_path / "pretrain.yaml"
     config.write_text("model_name_or_path: tiny\n")
     words = ["--config", str(config), "--out", str(tmp_path / "out"), "--seeds", "3", "--selections", "curated"]
@@ -199,6 +219,7 @@ def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=told):
             pretrain_sweep.main([*words, *more])
     table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
-    assert [line.split(" |")[0] for line in table[2:]] == ["| curated-seed3", "| random-seed3"]
+    assert [line.split(" |")[0] for line in table[2:4]] == ["| curated-seed3", "| random-seed3"]
+    assert sum("correlation of changes" in line for line in table) == 2
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
     assert "this run is finished" in capsys.readouterr().out
