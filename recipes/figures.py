@@ -48,9 +48,7 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
     shown = [r for r in rows if re.fullmatch(r"none-seed0|hinge-refit-(seed0|penalty_share=[\d.]+)", r["run"])]
     if len(shown) < 3:
         return
-    figure, panel = _figure(
-        "KL on neutral text, nats per token", "hinge at the header on failing audit contexts, sigma²"
-    )
+    figure, panel = _figure("KL on neutral text, nats per token", "hinge on failing audit contexts, sigma²")
     for row in shown:
         x, y = row["kl"], row["hinge"]
         panel.plot([x[0], x[0]], y[1:], color="#888888", linewidth=1)
