@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ def dots(rows: list[dict[str, Any]], columns: dict[str, str], group: str, path: 
     """Every run as a dot with its interval, one panel for each figure, one colour for each value of `group`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(columns), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    wide = min(len(columns), 7)
+    high = -(-len(columns) // wide)
+    figure = Figure(figsize=(3.2 * wide, (1.2 + 0.28 * len(rows)) * high), dpi=110, layout="constrained")
+    panels = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
+    for empty in panels[len(columns) :]:
+        empty.set_visible(False)
     groups = list(dict.fromkeys(row[group] for row in rows))
-    for panel, (key, title) in zip(panels, columns.items(), strict=True):
+    for panel, (key, title) in zip(panels, columns.items(), strict=False):
         for height, row in enumerate(rows):
             if row[key] is not None:
                 middle, low, high = row[key]
@@ -38,8 +43,11 @@ def dots(rows: list[dict[str, Any]], columns: dict[str, str], group: str, path: 
         panel.axvline(0, color="#999999", linewidth=0.8)
         panel.set_title(title, fontsize=8, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(rows)), [row["run"] for row in rows], fontsize=8)
+    names = [textwrap.fill(row["run"].replace(",", ", "), 64) for row in rows]
+    panels[0].set_yticks(range(len(rows)), names)
     panels[0].invert_yaxis()
+    for panel in panels[::wide]:
+        panel.tick_params(axis="y", labelsize=7)
     _save(figure, path)
 
 
@@ -60,12 +68,16 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def tasks(rows: list[dict[str, Any]], path: Path) -> None:
-    """Falls on audit tasks over the number of training tasks."""
-    by_tasks = {int(r["run"].split("=")[1]): r for r in rows if re.fullmatch(r"hinge-refit-max_tasks=\d+", r["run"])}
+    """Falls on audit tasks over the number of training tasks, the arm's own run with all of them last."""
+    by_tasks = {r["run"].split("=")[1]: r for r in rows if re.fullmatch(r"hinge-refit-max_tasks=\d+", r["run"])}
     if len(by_tasks) < 2:
         return
-    figure, panel = _figure("training tasks", "fall of the reading at the header on audit tasks, sigma")
-    counts = sorted(by_tasks)
+    counts = sorted(by_tasks, key=int)
+    for row in rows:
+        if row["run"] == "hinge-refit-seed0":
+            by_tasks["all"] = row
+            counts.append("all")
+    figure, panel = _figure("training tasks", "fall at the turn header on audit tasks, sigma")
     for key, label, colour in (("fall_failing", "failing", "C3"), ("fall_passing", "passing twins", "C2")):
         middle, low, high = zip(*(by_tasks[count][key] for count in counts), strict=True)
         panel.plot(counts, middle, "o-", color=colour, label=label)
