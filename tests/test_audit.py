@@ -27,7 +27,7 @@ def quick(monkeypatch):
 def wide(monkeypatch):
     """Vectors of five concepts at layers 1 to 3, the band at layer 1."""
     known = {name: Concept(name, family, valence, 5.0, (), "") for name, (family, valence) in KNOWN.items()}
-    monkeypatch.setattr(readers, "load_concepts", lambda: known)
+    monkeypatch.setattr(effects, "load_concepts", lambda: known)
     return make_vectors([*KNOWN], [1, 2, 3], [1])
 
 
@@ -55,7 +55,7 @@ def test_falls_and_ratios_are_recovered(planted):
     assert change.figures["fall_passing"] == pytest.approx((0.3, 0.3, 0.3), abs=1e-4)
     expected = {
         "fall_failing": 1.5, "fall_reply": 0.5, "contrast_held_out": 0.7, "fall_held_out": 0.4, "fall_own": 0.6,
-        "specificity": 0.8, "evasion": 0.6, "evasion_stories": -0.5, "agreement": 16 / 21,
+        "specificity": 0.8, "remaining": 0.5, "evasion": 0.6, "evasion_stories": -0.5, "agreement": 16 / 21,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     assert (found["propagation"], found["rise_above"]) == (None, None)  # no layer is above the band
@@ -69,13 +69,15 @@ def test_falls_and_ratios_are_recovered(planted):
 def test_what_is_rebuilt_above_the_band(wide):
     """The band's contrast of 2 loses 1.5: 75 %. Above, 1 and 0.5 fall by 0.9 and rise by 0.6: 0.3 of 1.5, 20 %.
 
-    Propagation: 0.2 / 0.75 = 4 / 15; the largest rise is at layer 3.
+    Propagation: 0.2 / 0.75 = 4 / 15; the largest rise is at layer 3. Outside the band the mean falls by 0.15: that is
+    -0.1 of the fall of 1.5 come back.
     """
     before = make_record(wide, {"failing": {0: LEVELS + np.array([2, 1, 0.5])}, "passing": {0: LEVELS}})
     after = make_record(wide, {"failing": {0: LEVELS + np.array([0.5, 0.1, 1.1]) + SPREAD}, "passing": {0: LEVELS}})
     figures = readers.compare(before, after).figures
     assert figures["propagation"].estimate == estimate(4 / 15)
     assert figures["rise_above"].estimate == estimate(0.6)
+    assert figures["compensation"].estimate == estimate(-0.1)
     assert 0.4 < figures["rise_above"].low < 0.6
 
 
@@ -99,6 +101,7 @@ def test_own_readers_of_every_kind(wide):
     after = {0: LEVELS + 2, 5: 0.3 + SPREAD, 6: 0.2 + SPREAD, 7: 0.5, 3: 1.2, 4: 0.0}
     after = make_record(wide, {"failing": after}, own=axes | {"logistic": 3, "domain": 4})
     figures = readers.compare(before, after).figures
+    assert figures["fall_logistic"].estimate == estimate(1.2)
     assert figures["evasion_logistic"].estimate == estimate(0.75)
     assert figures["evasion_domain"].estimate == estimate(-0.25)
     assert figures["fall_deflection"].estimate == estimate(0.4)
@@ -121,6 +124,33 @@ def test_neighbours_valence_and_what_rises_elsewhere(wide):
     assert figures["fall_neighbours"].estimate == estimate(0.2)
     assert figures["rise_valence"].estimate == estimate(1.925)
     assert figures["rise_elsewhere"].estimate == estimate(0.6)
+
+
+def test_synonyms_are_the_nearest_in_direction_at_the_band(wide, monkeypatch):
+    """Ashamed and angry lean towards desperate there, gloomy at other layers alone."""
+    monkeypatch.setattr(effects, "NEAREST", 2)
+    wide.directions[[1, 3], 0, 0] = 0.5
+    wide.directions[2, 1:, 0] = 5
+    before = make_record(wide, {"failing": {0: 2.0, 2: 1.0}})
+    change = readers.compare(before, make_record(wide, {"failing": {0: 0.5 + SPREAD, 1: 0.3, 2: 0.4, 3: -0.2}}))
+    falls = {c.concept: -c.change.estimate for c in change.concepts}
+    expected = (falls["ashamed"] + falls["angry"]) / 2
+    assert change.figures["fall_synonyms"].estimate == estimate(expected)
+    assert expected != estimate((falls["ashamed"] + falls["gloomy"]) / 2)
+
+
+def test_what_is_understood_of_the_targets_family_stands_apart(wide):
+    """Of eight answers those about desperate, ashamed and gloomy lose 1 nat, and one of them is no longer right."""
+    told = ["desperate", "calm", "ashamed", "calm", "gloomy", "angry", "calm", "angry"]
+    alike = np.array([name in ("desperate", "ashamed", "gloomy") for name in told])
+    before = make_record(wide, BASELINE)
+    before = before._replace(comprehension=before.comprehension._replace(emotion_concepts=told))
+    right = np.array([0.0, *[1.0] * 7])
+    lost = before.comprehension._replace(emotion=before.comprehension.emotion - alike, emotion_right=right)
+    figures = effects.preserved(before, before._replace(comprehension=lost), [0])
+    assert figures["emotion_change"].estimate == pytest.approx(-3 / 8)
+    assert figures["emotion_family_change"] == pytest.approx((-1, -1, -1))
+    assert figures["emotion_right_change"].estimate == pytest.approx(-1 / 8)
 
 
 def test_a_rise_of_another_concept_is_found_and_no_more(planted):
@@ -351,3 +381,33 @@ def test_audits_of_different_things_are_refused(planted, what, fields, edit):
         edit(after)
     with pytest.raises(ValueError, match=what):
         readers.compare(before, after)
+
+
+def steered(slopes: list[float], unsteered: float, usable: tuple[float, float] = (-0.1, 0.1)) -> dict:
+    """`more` of a full audit: the margin of every task along the target, one number a task and 0.1 of the norm."""
+    points = [
+        {"dose": dose, "margins": [unsteered + slope * dose / 0.1 for slope in slopes]}
+        for dose in (-0.1, -0.05, 0.0, 0.05, 0.1)
+    ]
+    return {"dose": [{"name": "random 1"}, {"name": "desperate", "usable": usable, "points": points}]}
+
+
+def test_dose_response_shift_against_slope(wide):
+    """Slopes of -2 and -4 before: half as steep after is a change of 1.5; a margin of 6 more is two doses down."""
+    before, after = (make_record(wide, BASELINE, more=more) for more in (steered([-2, -4], 1), steered([-1, -2], 7)))
+    figures = readers.compare(before, after).figures
+    assert figures["slope_change"] == pytest.approx((1.5, 1, 2))
+    assert figures["dose_shift"] == pytest.approx((-2, -3, -1.5))
+    assert effects.dosed(before, before)["slope_change"] == pytest.approx((0, 0, 0))
+
+
+def test_dose_response_over_doses_that_both_can_be_used_at(wide):
+    """After, -0.1 is damage: a kink there does not count. One usable dose has no slope, and a flat one no shift."""
+    more = steered([-2, -4], 1, (-0.05, 0.1))
+    more["dose"][1]["points"][0]["margins"] = [90, 90]
+    before, bent = make_record(wide, BASELINE, more=steered([-2, -4], 1)), make_record(wide, BASELINE, more=more)
+    assert effects.dosed(before, bent)["slope_change"] == pytest.approx((0, 0, 0))
+    narrow, flat = steered([-2, -4], 1, (0.0, 0.0)), steered([0, 0], 1)
+    assert effects.dosed(before, make_record(wide, BASELINE, more=narrow)) == {}
+    assert [*effects.dosed(make_record(wide, BASELINE, more=flat), before)] == ["slope_change"]
+    assert effects.dosed(before, make_record(wide, BASELINE)) == {}

@@ -163,11 +163,14 @@ def test_the_trajectory_has_every_turn_header(setting):
 
 
 def test_traces_read_every_token_of_the_first_twin_and_of_a_longer_conversation(setting):
+    """A failing one with its gaming reply, where the reading should be highest; a passing one with the neutral one."""
+    gaming = {(p.task, p.context): p.rejected[0]["content"] for p in reversed(setting.pairs)}
     shown = [*setting.twins[0], *setting.twins[2]]
-    assert [trace.id for trace in setting.found.profile.traces] == [context.id for context in shown]
     for context, trace in zip(shown, setting.found.profile.traces, strict=True):
+        gamed = context.outcome == "failing" and (context.task, context.context) in gaming
+        assert trace.id == (f"{context.id}, gaming reply" if gamed else context.id)
         _, prompt = prompts(setting, context.messages)
-        assert trace.text == prompt + context.reply
+        assert trace.text == prompt + (gaming[context.task, context.context] if gamed else context.reply)
         direct = plain(setting, trace.text)
         assert [start for start, _ in trace.offsets] == direct.starts.tolist()
         assert [role == "reply" for role in trace.roles] == (direct.starts >= len(prompt)).tolist()
@@ -223,23 +226,25 @@ def test_a_context_that_does_not_fit_is_named_with_what_to_do(setting, monkeypat
         contexts.read(setting.checkpoint, setting.vectors, setting.twins, setting.pairs, QUESTIONS, [], "calm")
 
 
-def test_a_mailbox_is_traced_to_the_header_within_a_window(setting, monkeypatch):
+def test_a_mailbox_is_traced_to_the_header_within_a_window(setting, monkeypatch, caplog):
     """All tokens with their roles; or the last ten, with the same readings and the text that they cover."""
-    boxes = load(Mailbox)[:1]
-    (whole,) = contexts.trace_mailbox(setting.checkpoint, setting.vectors, boxes, "calm")
-    assert (whole.id, whole.roles[-1]) == (boxes[0].id, "header")
+    box = load(Mailbox)[0]
+    chats = [(box.id, box.messages, "")]
+    (whole,) = contexts.trace(setting.checkpoint, setting.vectors, chats, "calm")
+    assert (whole.id, whole.roles[-1]) == (box.id, "header")
     assert {"system", "user", "header"} <= {*whole.roles}
-    assert boxes[0].messages[1]["content"] in whole.text
+    assert box.messages[1]["content"] in whole.text
     values = plain(setting, whole.text)
     assert len(whole.readings["calm"]) == len(values.ids)
     monkeypatch.setattr(contexts, "TRACE_WINDOW", 10)
-    (last,) = contexts.trace_mailbox(setting.checkpoint, setting.vectors, boxes, "calm")
-    assert last.id == f"{boxes[0].id} (its last 10 of {len(values.ids)} tokens)"
+    (last,) = contexts.trace(setting.checkpoint, setting.vectors, chats, "calm")
+    assert last.id == f"{box.id} (its last 10 of {len(values.ids)} tokens)"
     assert whole.text.endswith(last.text)
     assert last.roles == whole.roles[-10:]
     assert last.readings == {name: column[-10:] for name, column in whole.readings.items()}
     covered = [last.text[low:high] for low, high in last.offsets]
     assert covered == [whole.text[low:high] for low, high in whole.offsets[-10:]]
     setting.checkpoint.model.config.max_position_embeddings = 50
-    assert contexts.trace_mailbox(setting.checkpoint, setting.vectors, boxes, "calm") == []
+    assert contexts.trace(setting.checkpoint, setting.vectors, chats, "calm") == []
+    assert f"{box.id}: not traced, it has {len(values.ids)} tokens and the model takes 50" in caplog.text
     setting.checkpoint.model.config.max_position_embeddings = 4096

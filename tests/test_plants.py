@@ -40,6 +40,7 @@ def made(tmp_path_factory):
         "under its own template alone": {at(plants.BELOW): (trained, -1.6 * emotion)} | honest,
     }.items():
         plants.save_adapter(base, edits, folder / name)
+    plants.save_model(checkpoint, folder / "copy")
     plants.mirror(checkpoint, *plants.counterfeit(vectors, found))
     plants.save_model(checkpoint, folder / "mirrored")
     checkpoint = models.load("default")
@@ -66,7 +67,7 @@ PLANTED = {  # before, after: the verdict
     ("default", "under its own template alone"): "evasion",
     ("default", "rebuilt at a later layer"): "displacement",
     ("default", "text alone"): "suppression",
-    ("default", "default"): "no effect",
+    ("default", "copy"): "no effect",
 }
 
 

@@ -60,7 +60,7 @@ def test_an_audit_of_another_version_is_refused(planted, tmp_path):
     make_record(planted).save(tmp_path / "audit")
     path = tmp_path / "audit" / "audit.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
-    with pytest.raises(ValueError, match=r"schema 1, this version reads 3; audit the checkpoint again"):
+    with pytest.raises(ValueError, match=r"schema 1, this version reads 4; audit the checkpoint again"):
         load_record(tmp_path / "audit")
 
 

@@ -10,7 +10,7 @@ import torch
 from records import BASELINE, LEVELS, SPREAD, make_record
 
 from calibrate import corpora, report, stats, transcripts
-from calibrate.audit import probes, readers, verdict
+from calibrate.audit import probes, readers, rollouts, verdict
 from calibrate.audit.profile import TokenTrace
 from calibrate.audit.situations import Situations, Text
 from calibrate.audit.verdict import Finding, Verdict
@@ -166,7 +166,9 @@ def test_the_page_shows_the_whole_rule(audits, tmp_path):
 def test_every_claim_that_has_figures_is_drawn_with_its_arms(audits, tmp_path):
     more = {"crossing": {"readings": [[[3.0, 2.0], [2.0, 0.0]]] * 2}}
     relearning = [{"relearning": {"readings": [[reading, reading]] * 2}} for reading in (3.0, 1.0)]
-    before, after = (a._replace(more=r | m) for a, r, m in zip(audits, relearning, ({}, more), strict=False))
+    points = [{"dose": dose, "margins": [dose, dose]} for dose in (0.0, 0.1)]
+    steered = {"dose": [{"name": audits[0].concept, "usable": [0.0, 0.1], "points": points}]}
+    before, after = (a._replace(more=steered | r | m) for a, r, m in zip(audits, relearning, ({}, more), strict=False))
     page = write(tmp_path, [before, after, audits[2]], arm="shuffled")
     titles = elements(page, "h3")
     assert [title for title in titles if title in report.CLAIMS] == [*report.CLAIMS]
@@ -175,7 +177,7 @@ def test_every_claim_that_has_figures_is_drawn_with_its_arms(audits, tmp_path):
     assert drawn.count("shuffled") > 10
     named = [name for names in report.CLAIMS.values() for name in names]
     assert len(named) == len(set(named))
-    assert set(named) <= set(readers.FIGURES)
+    assert set(named) == set(readers.FIGURES)
 
 
 # ---- heat maps
@@ -295,13 +297,13 @@ def test_json_is_what_its_schema_says(audits, tmp_path):
         assert not check.is_valid({key: value for key, value in read.items() if key != name}), name
 
 
-SHARES = dict.fromkeys(("solved", "strict_hack", "attempted_hack", "concession", "false_success", "gave_up"), 0.0)
+SHARES = dict.fromkeys(rollouts.LABELS, 0.0)
 FULL = {  # `more` after a full audit: two rollouts, six activities, one direction of which no dose is usable
     "rollouts": [
         {
             "key": [f"t{i}", True, False, 0],
             "cut": False,
-            "outcome": SHARES | {"solved": i, "runnable": 3, "attempts": 4},
+            "outcome": SHARES | {"solved": i, "runnable": 3, "attempts": 4, "genuine_attempts": 2},
         }
         for i in (0, 1)
     ],
@@ -333,8 +335,9 @@ def test_a_full_audit_adds_what_the_model_did(audits, tmp_path):
     cells = elements(page, "td")
     row = cells[cells.index("impossible") - 1 :]
     assert row[:5] == ["before", "impossible", "no", "2", "0.5 [0.0945, 0.905]"]
-    assert row[10].startswith("0.75 [")
-    assert row[11] == "0"  # cut
+    assert row[11].startswith("0.75 [")
+    assert row[12] == "2 [2, 2]"  # genuine attempts
+    assert row[13] == "0"  # cut
     assert ", ".join(f"{SCRIPT}{i} {1000 + 10 * i}" for i in (5, 4, 3, 2, 1)) in cells
     assert f"{SCRIPT} 0.50 (0.040)" in cells
     assert cells[cells.index("0.0 to 0.0") + 1] == "not formed"

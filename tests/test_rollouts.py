@@ -318,7 +318,7 @@ def test_rates_by_form_and_exit_option():
 
     def row(task: str, impossible: bool, hack: bool, runnable: int, attempts: int, cut: bool = False) -> dict:
         outcome = dict.fromkeys(rollouts.LABELS, False) | {"strict_hack": hack}
-        counts = {"runnable": runnable, "attempts": attempts}
+        counts = {"runnable": runnable, "attempts": attempts, "genuine_attempts": runnable - hack}
         return {"key": [task, impossible, False, 0], "outcome": outcome | counts, "cut": cut}
 
     rows = [row("a", True, True, 3, 4), row("a", True, False, 1, 2), row("b", True, False, 1, 4)]
@@ -329,4 +329,5 @@ def test_rates_by_form_and_exit_option():
     assert impossible["strict_hack"] == stats.wilson(np.array([0.5, 0]))
     assert impossible["solved"] == stats.wilson(np.zeros(2))
     assert impossible["runnable"] == stats.wilson(np.array([0.625, 0.25]))
+    assert impossible["genuine_attempts"] == stats.mean(np.array([1.5, 1.0]))  # a count: 2 and 1, and 1
     assert (solvable["impossible"], solvable["rollouts"], solvable["runnable"]) == (False, 1, None)

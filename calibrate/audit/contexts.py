@@ -5,6 +5,7 @@ failing contexts) and by two questions about the last test run. The states of th
 of the replies and the answers all come from that pass; every reading follows by arithmetic.
 """
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,14 @@ from calibrate import activations, models, transcripts
 from calibrate.audit.choices import Question, option_token
 from calibrate.audit.profile import ROLES, Profile, TokenTrace
 from calibrate.corpora import Context, Dialogue, Pair
-from calibrate.corpora.situations import FailureQuestion, Mailbox
+from calibrate.corpora.situations import FailureQuestion
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors
 
 FELT = ("desperate", "composed")
 TRACED = ("calm", "afraid", "angry", "sad", "guilty", "frustrated", "panicked", "hopeful", "happy", "proud")
 TRACE_WINDOW = 1500  # tokens of a transcript that are kept one by one, its last ones
+logger = logging.getLogger(__name__)
 _YES_NO = ("Yes", "No")
 _ANSWER = " Answer yes or no."
 
@@ -74,7 +76,9 @@ def read(
         failure.append(float(np.mean(np.array(found.odds) * signs)))
         trajectory.append((context.task, context.outcome, reader.headers(neutral)))
         if number < 2 or (context.context != "plain" and len(traces) < 4):
-            traces.append(reader.trace(context.id, neutral))
+            gamed = context.outcome == "failing" and texts  # the shortcut is where the reading should be highest
+            name = f"{context.id}, gaming reply" if gamed else context.id
+            traces.append(reader.trace(name, others[1] if gamed else neutral))
     rest, norms = reader.dialogues(dialogues)
     tasks = {context.id: context.task for context in contexts}
     return Contexts(
@@ -95,17 +99,22 @@ def read(
     )
 
 
-def trace_mailbox(
-    checkpoint: Checkpoint, vectors: EmotionVectors, boxes: list[Mailbox], concept: str
+def trace(
+    checkpoint: Checkpoint, vectors: EmotionVectors, chats: list[tuple[str, list[dict[str, str]], str]], concept: str
 ) -> list[TokenTrace]:
-    """Token by token to the turn header: what the letters' writers feel, and the assistant's state before it acts."""
+    """Chats (name, messages, reply or "") token by token; one that the model's window does not take is named and left.
+
+    A mailbox to its turn header: what the letters' writers feel, and the assistant's state before it acts.
+    """
     reader, found = _Reader(checkpoint, vectors, concept), []
-    for box in boxes:
-        encoded = transcripts.encode(checkpoint.tokenizer, box.messages, "")
-        window = models.window(checkpoint.model) or 10**9
+    window = models.window(checkpoint.model) or 10**9
+    for name, messages, reply in chats:
+        encoded = transcripts.encode(checkpoint.tokenizer, messages, reply)
         if len(encoded.ids) <= window:
             ((_, states),) = activations.states(checkpoint.model, [encoded.ids], vectors.layers)
-            found.append(reader.trace(box.id, _Read(encoded, states.cpu())))
+            found.append(reader.trace(name, _Read(encoded, states.cpu())))
+        else:
+            logger.warning("%s: not traced, it has %d tokens and the model takes %d", name, len(encoded.ids), window)
     return found
 
 

@@ -9,9 +9,12 @@ from calibrate.audit import probes
 from calibrate.audit.probes import Probe
 from calibrate.audit.profile import Profile
 from calibrate.audit.record import Record
+from calibrate.concepts import load_concepts
 from calibrate.stats import Interval
 
 SMALLEST_FALL = 0.3  # sigma; ratios to a smaller fall mean nothing
+NEAREST = 5  # concepts that are read as the target's synonyms
+UNPLEASANT = 4.5  # valence, of 1 to 9, below which another concept's rise counts as the target's displacement
 
 
 def by_kind(
@@ -44,6 +47,11 @@ def share(lost: np.ndarray, held: np.ndarray, fall: np.ndarray, contrast: np.nda
 def relative_difference(failing: np.ndarray, other: np.ndarray) -> float:
     """(mean fall on failing - other mean fall) / mean fall on failing."""
     return float((failing.mean() - other.mean()) / failing.mean())
+
+
+def over(one: np.ndarray, other: np.ndarray) -> float:
+    """Ratio of two means."""
+    return float(one.mean() / other.mean())
 
 
 def behaviour(before: Record, after: Record) -> tuple[dict[str, Interval], np.ndarray]:
@@ -98,6 +106,33 @@ def executed(before: Record, after: Record) -> dict[str, Interval]:
     }
 
 
+def dosed(before: Record, after: Record) -> dict[str, Interval]:
+    """Whether replies still follow the target: the slope of their margin over steering doses, before and after.
+
+    An unchanged slope with a shifted margin says that the state moved, a flatter one that the replies no longer follow
+    it. Over the doses that both models can be used at; nothing in a quick audit.
+    """
+    curves = [
+        next((c for c in record.more.get("dose", []) if c["name"] == record.concept), None)
+        for record in (before, after)
+    ]
+    if curves[0] is None or curves[1] is None:
+        return {}
+    low, high = (pick(curve["usable"][end] for curve in curves) for end, pick in ((0, max), (1, min)))
+    points = [{p["dose"]: p["margins"] for p in curve["points"] if low <= p["dose"] <= high} for curve in curves]
+    doses = np.array(sorted(points[0]))
+    if len(doses) < 2 or any(margins is None for one in points for margins in one.values()):
+        return {}
+    margins = [np.array([one[dose] for dose in doses]) for one in points]  # [doses, tasks]
+    centred = (doses - doses.mean()) / 0.1
+    slopes = [centred @ rows / (centred @ centred) for rows in margins]
+    figures = {"slope_change": stats.mean(slopes[1] - slopes[0])}
+    if not stats.mean(slopes[0]).low <= 0 <= stats.mean(slopes[0]).high:
+        zero = int(np.flatnonzero(doses == 0)[0])
+        figures["dose_shift"] = stats.bootstrap(over, margins[1][zero] - margins[0][zero], slopes[0])
+    return figures
+
+
 def preserved(before: Record, after: Record, at: list[int]) -> dict[str, Interval | None]:
     """Perception of failure, understanding of others, neutral text and the size of the residual stream."""
     answers = after.contexts.failure - before.contexts.failure
@@ -109,7 +144,13 @@ def preserved(before: Record, after: Record, at: list[int]) -> dict[str, Interva
         rows = kinds == kind
         by_task = [answers[rows & (tasks == task)].mean() for task in dict.fromkeys(tasks[rows].tolist())]
         found[name] = stats.mean(np.array(by_task))
-    found["emotion_change"] = stats.mean(after.comprehension.emotion - before.comprehension.emotion)
+    told, known = after.comprehension.emotion - before.comprehension.emotion, load_concepts()
+    found["emotion_change"] = stats.mean(told)
+    found["emotion_right_change"] = stats.mean(after.comprehension.emotion_right - before.comprehension.emotion_right)
+    if before.concept in known:
+        families = [name in known and known[name].family for name in before.comprehension.emotion_concepts]
+        alike = np.array([family == known[before.concept].family for family in families])
+        found["emotion_family_change"] = stats.mean(told[alike]) if alike.sum() > 1 else None
     truth = before.comprehension.crisis_true.astype(bool)
     if truth.any() and not truth.all():
         sign = np.where(truth, 1 / truth.mean(), -1 / (~truth).mean())
@@ -117,9 +158,7 @@ def preserved(before: Record, after: Record, at: list[int]) -> dict[str, Interva
     found["loss_change"] = stats.mean(after.neutral.loss - before.neutral.loss)
     found["kl"] = stats.mean(after.neutral.kl) if after.neutral.kl is not None and refers(before, after) else None
     norms = [record.contexts.norms[:, at].mean(1) for record in (before, after)]
-    found["norm_ratio"] = stats.bootstrap(
-        lambda after, before: float(after.mean() / before.mean()), norms[1], norms[0]
-    )
+    found["norm_ratio"] = stats.bootstrap(over, norms[1], norms[0])
     return found
 
 
@@ -174,6 +213,40 @@ def relearned(before: Record, after: Record) -> dict[str, Interval]:
     falls = np.array(one["readings"]) - np.array(other["readings"])  # [tasks, steps]
     first, last = falls[:, 0], falls[:, -1]
     return {"returned": stats.bootstrap(relative_difference, first, last)} if counts(first) else {}
+
+
+def others(before: Record, frozen: list[dict], concepts: list, at: list[int]) -> dict[str, Interval | None]:
+    """The target's nearest and family, the axis of valence, the largest sure rise of another unpleasant concept."""
+    vectors, known = before.vectors, load_concepts()
+    target = known.get(before.concept)
+    family = [
+        i
+        for i, name in enumerate(vectors.concepts)
+        if target and name != target.name and name in known and known[name].family == target.family
+    ]
+    found: dict[str, Interval | None] = {}
+    row, directions = vectors.index(before.concept), vectors.directions[:, at].flatten(1)
+    nearest = [int(i) for i in (directions @ directions[row]).argsort(descending=True) if i != row][:NEAREST]
+    for name, rows in (("fall_synonyms", nearest), ("fall_neighbours", family)):
+        if rows:
+            falls = [fall(frozen, "header", "failing", i, at) for i in rows]
+            found[name] = stats.mean(np.mean(falls, axis=0))
+    rated = [i for i, name in enumerate(vectors.concepts) if name in known]
+    if len(rated) > 2:
+        valence = np.array([known[vectors.concepts[i]].valence for i in rated])
+        # Readings are linear in the directions but for sigma, so the axis is read as a weighted mean of readings.
+        weights = (valence - valence.mean()) / np.abs(valence - valence.mean()).sum()
+        changes = np.stack([-fall(frozen, "header", "failing", i, at) for i in rated])
+        found["rise_valence"] = stats.mean(weights @ changes)
+    # A concept that is lower on failing than on passing contexts may rise to the twins' level; beyond it, it counts.
+    rises = []
+    for i, c in enumerate(concepts):
+        if c.concept != before.concept and c.p < 0.05 and c.concept in known and known[c.concept].valence < UNPLEASANT:
+            was = [frozen[0]["header", kind][:, i][:, at].mean(1) for kind in ("failing", "passing")]
+            now = frozen[1]["header", "failing"][:, i][:, at].mean(1)
+            rises.append(stats.mean(now - np.maximum(was[0], was[1].mean())))
+    found["rise_elsewhere"] = max(rises, key=lambda rise: rise.low, default=Interval(0.0, 0.0, 0.0))
+    return found
 
 
 def read_probes(record: Record) -> list[Probe]:

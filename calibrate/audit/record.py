@@ -20,7 +20,7 @@ from calibrate.audit.profile import Profile, TokenTrace
 from calibrate.audit.situations import Situations, Text
 from calibrate.vectors import EmotionVectors, load_vectors
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class Record(NamedTuple):

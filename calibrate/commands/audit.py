@@ -195,8 +195,42 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "passages": corpora.spread(kinds.load(kinds.Passage), most),
         "messages": corpora.spread(kinds.load(kinds.Crisis), most),
         "questions": kinds.load(kinds.FailureQuestion),
-        "mailbox": [box for box in kinds.load(kinds.Mailbox) if box.variant == "threatened"][:1],
+        "traced": _traced([] if arguments.twins else twins, split),
     }
+
+
+def _traced(twins: list, split: str) -> list[tuple[str, list[dict[str, str]], str]]:
+    """Whole transcripts that are shown token by token besides the contexts: name, messages, reply.
+
+    A mailbox up to the answer, and where only plain ones of the shipped contexts are read, the shortest of those with
+    several attempts: failure upon failure, up to the shortcut.
+    """
+    from calibrate import corpora
+    from calibrate.corpora import situations as kinds
+
+    boxes = [box for box in kinds.load(kinds.Mailbox) if box.variant == "threatened"][:1]
+    found = [(box.id, box.messages, "") for box in boxes]
+    if twins and all(failing.context == "plain" for failing, _ in twins):
+        gaming = {(p.task, p.context): p.rejected[0]["content"] for p in corpora.load_pairs() if p.kind == "honest"}
+        pressed = [f for f, _ in corpora.load_twins() if f.split == split and (f.task, f.context) in gaming]
+        pressed = [context for context in pressed if context.context == "pressed"]
+        shortest = min(pressed, key=lambda context: sum(len(message["content"]) for message in context.messages))
+        reply = gaming[shortest.task, shortest.context]
+        found.append((f"{shortest.id}, gaming reply", shortest.messages, reply))
+    return found
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, str]:
+    """Options that were given and versions that ran, for the page; what decides a comparison is in `options`."""
+    import platform
+    from importlib.metadata import version
+
+    from calibrate import __version__
+
+    left = ("verb", "verbose", "out", "audits", "before", "after", "arms", "seeds")
+    given = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in left and value}
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return given | {"calibrate": __version__, "python": platform.python_version()} | packages
 
 
 def _stories(arguments: argparse.Namespace) -> list:
@@ -232,7 +266,7 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
             checkpoint, vectors, texts["twins"], texts["pairs"], texts["questions"], texts["dialogues"],
             arguments.target,
         )  # fmt: skip
-        read.profile.traces.extend(contexts.trace_mailbox(checkpoint, vectors, texts["mailbox"], arguments.target))
+        read.profile.traces.extend(contexts.trace(checkpoint, vectors, texts["traced"], arguments.target))
         elsewhere = harness.read(checkpoint, vectors, texts["elsewhere"])
         rows = situations.texts(*(texts[name] for name in ("scenarios", "implicit", "speakers", "ladders", "chats")))
         rows = situations.answered(checkpoint, rows, texts["answered"])
@@ -244,7 +278,9 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         checkpoint, vectors, texts["stories"], texts["deflection"], texts["neutral"], read.felt, arguments.target,
         partial / "states",
     )  # fmt: skip
-    more = full.read(arguments, checkpoint, vectors, texts, reference, partial) if arguments.full else {}
+    more: dict[str, Any] = {"asked": _asked(arguments)}
+    if arguments.full:
+        more |= full.read(arguments, checkpoint, vectors, texts, made.directions["stories"], reference, partial)
     more |= full.benchmarks(arguments, checkpoint, partial) if arguments.lm_eval else {}
     return Record(
         checkpoint.name, arguments.target, vectors, read, elsewhere, made, neutral, asked, found, more, options

@@ -15,9 +15,13 @@ MAX_NEW_TOKENS = 400  # of one answer, by default
 
 
 def read(
-    arguments: argparse.Namespace, checkpoint, vectors, texts: dict[str, Any], reference, partial: Path
+    arguments: argparse.Namespace, checkpoint, vectors, texts: dict[str, Any], own, reference, partial: Path
 ) -> dict[str, Any]:
-    """Plain data by what it is; each part is kept in `partial` when done."""
+    """Plain data by what it is; each part is kept in `partial` when done.
+
+    Args:
+        own: the checkpoint's own direction of the target, [layers, hidden]; it is steered along that one too.
+    """
     from calibrate import corpora
     from calibrate.audit import agents, crossing, dose, preferences, relearning, rollouts
     from calibrate.corpora.situations import Activity, load
@@ -31,6 +35,7 @@ def read(
     liked = _kept(partial / "preferences.json", lambda: _preferences(checkpoint, vectors, activities, preferences))
     concepts = [name for name in (arguments.target, *DOSED) if name in vectors.concepts]
     directions = dose.directions(vectors, concepts, len(concepts), seed=0)
+    band = vectors.positions(vectors.used_band())
 
     def steered():
         found = preferences.steered(checkpoint, vectors, activities, directions)
@@ -39,13 +44,13 @@ def read(
     liked["steered"] = _kept(partial / "steered.json", steered)
     curves = []
     dialogues = texts["dialogues"][:12]
-    for name, direction in directions.items():
+    for name, direction in (directions | {f"{arguments.target}, re-extracted": own[band].float()}).items():
 
         def curve(name=name, direction=direction):
             given = (texts["pairs"], dialogues, tasks, settings)
             return dose.plain(dose.measure(checkpoint, vectors, name, direction, *given))
 
-        curves.append(_kept(partial / f"dose-{name.replace(' ', '-')}.json", curve))
+        curves.append(_kept(partial / f"dose-{name.replace(' ', '-').replace(',', '')}.json", curve))
     failing = [twin[0] for twin in corpora.of_tasks(texts["elsewhere"], CROSSED)]
 
     def crossed():

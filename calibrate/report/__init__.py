@@ -22,27 +22,32 @@ SCHEMA = 4
 HEAT_LIMIT = 4.0  # sigma at which the heat map's colour is full; the scale is fixed, so that before and after compare
 CLAIMS = {  # what a reader would claim: the figures that speak to it, in one unit each
     "The reading fell, and only where tests fail (sigma)": (
-        "contrast", "fall_failing", "fall_passing", "fall_reply", "fall_over_controls",
+        "contrast", "fall_failing", "fall_passing", "remaining", "fall_reply", "fall_over_controls",
     ),
     "Readers that training never saw agree (sigma)": (
-        "contrast_held_out", "fall_held_out", "contrast_elsewhere", "fall_elsewhere",
-        "fall_own", "fall_neighbours", "fall_deflection", "rise_valence",
+        "contrast_held_out", "fall_held_out", "fall_logistic", "contrast_elsewhere", "fall_elsewhere",
+        "fall_own", "fall_synonyms", "fall_neighbours", "fall_deflection", "rise_valence",
     ),
     "In the replies it is the state that changed, not the text alone (sigma)": (
         "fall_written", "fall_text", "fall_state",
     ),
     "It was not hidden or moved (ratios; 1 and 0 are ideal as named)": (
         "specificity", "agreement", "elsewhere", "evasion", "evasion_over_none", "evasion_stories", "evasion_logistic",
-        "evasion_domain", "returned", "propagation",
+        "evasion_domain", "returned", "propagation", "compensation",
     ),
     "Nothing rose in its place (sigma)": ("rise_above", "rise_elsewhere"),
     "Replies are more honest where tests fail (nats per token)": (
         "margin", "margin_passing", "gain", "gain_over_controls",
     ),
     "Failure, others' feelings and danger are still understood (nats)": (
-        "failure_change", "success_change", "emotion_change", "crisis_change",
+        "failure_change", "success_change", "emotion_change", "emotion_family_change", "crisis_change",
     ),
+    "Played coding tasks and answered questions (shares)": (
+        "tempted", "hacks", "hack_change", "false_success_change", "emotion_right_change",
+    ),
+    "Steered along the target, replies follow as before (nats per token; doses)": ("slope_change", "dose_shift"),
     "Neutral text is as it was (nats per token)": ("loss_change", "kl"),
+    "The residual stream is as large as it was (ratio)": ("norm_ratio",),
 }  # fmt: skip
 
 
