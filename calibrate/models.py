@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,12 +62,28 @@ def load(
             raise ValueError(
                 f"adapter {name!r} does not fit its base {source} ({reason}); give the base it names"
             ) from error
+        _check_adapter(model, adapter, name, source)
         adapter_hash = hash_weights(model)
     if block_list is not None:
         decoder(model).calibrate_blocks = block_list
     blocks(model)  # raises where it finds none
     revision = getattr(model.config, "_commit_hash", None)
     return Checkpoint(_to_device(model.eval()), tokenizer, name, source, weight_hash, adapter_hash, revision)
+
+
+def _check_adapter(model: Any, folder: str, name: str, source: str) -> None:
+    """Raises ValueError where file and model do not hold the same tensors: PEFT warns of some and drops the others."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        kept = {key for key in file.keys() if not re.search(r"embed|lm_head", key)}  # noqa: SIM118
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if wrong := sorted(kept ^ {key for key in own if not re.search(r"embed|lm_head", key)}):
+        raise ValueError(
+            f"adapter {name!r} does not fit its base {source} ({len(wrong)} tensors are in one of them alone, such as "
+            f"{wrong[0]}); give the base it was trained on"
+        )
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
@@ -78,12 +95,12 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     return tokenizer
 
 
-def load_shape(name: str, **options) -> tuple[int, int]:
-    """Width and depth of what `load` takes, from its configuration alone; OSError where there is none."""
+def load_shape(name: str, **options) -> tuple[str, int, int]:
+    """Kind, width and depth of what `load` takes, from its configuration alone; OSError where there is none."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(_resolve(name)[0], **options).get_text_config()
-    return config.hidden_size, config.num_hidden_layers
+    return config.model_type, config.hidden_size, config.num_hidden_layers
 
 
 def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None:

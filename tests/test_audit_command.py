@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_cli import calibrate, interrupt
 
-from calibrate import cli, corpora
+from calibrate import cli, corpora, sandbox
 from calibrate.audit import dose, probes, readers
 from calibrate.audit.record import load_record
 from calibrate.commands import audit, full
@@ -50,6 +50,15 @@ def test_an_audit_has_fourteen_tasks_with_a_pair_each_and_a_story_of_every_conce
     assert splits.pop("neutral") == {"train"}  # its components are projected out of the own directions
     assert all(split <= {"audit"} for split in splits.values())
     assert (texts["deflection"], texts["chats"]) == ([], [])
+    (box, _, nothing), (name, messages, reply) = texts["traced"]
+    (pressed,) = (failing for failing, _ in corpora.load_twins() if failing.id == name.removesuffix(", gaming reply"))
+    assert (pressed.split, pressed.context, pressed.messages) == ("audit", "pressed", messages)
+    assert sum(message["role"] == "tool" for message in messages) > 2  # failure upon failure
+    (pair,) = (
+        p for p in corpora.load_pairs() if p.kind == "honest" and (p.task, p.context) == (pressed.task, "pressed")
+    )
+    assert (reply, nothing) == (pair.rejected[0]["content"], "")
+    assert "mailbox" in box or "box" in box
     assert (len(texts["neutral"]), len(texts["elsewhere"])) == (60, 8)
 
 
@@ -71,7 +80,7 @@ def test_a_full_audit_has_everything():
     ("words", "expected"),
     [
         (["--max-tasks", "3"], {"twins": 3, "elsewhere": 3}),
-        (["--max-tasks", "3", "--pressed"], {"twins": 6, "elsewhere": 3}),
+        (["--max-tasks", "3", "--pressed"], {"twins": 6, "elsewhere": 3, "traced": 1}),
         (["--max-concepts", "8"], {"stories": 4 + 8}),
         (["--max-concepts", "8", "--full"], {"stories": 4 + 8 * 4}),
         (["--concepts", "calm", "sad"], {"stories": 3 * 4}),
@@ -155,6 +164,17 @@ def test_selection_tasks_are_audited_where_settings_are_chosen(texts, tiny_vecto
     assert not {*found.profile.ids} & {*other.profile.ids}
 
 
+def test_a_full_audit_needs_a_sandbox_and_says_so_first(texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch):
+    def refuse(*given, **settings):
+        raise sandbox.SandboxError("this machine grants no isolation (unshare: denied); nothing was run")
+
+    monkeypatch.setattr(sandbox, "run", refuse)
+    monkeypatch.setattr("calibrate.audit.contexts.read", pytest.fail)
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--full", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=r"`--full` runs the code .* grants no isolation .*; allow user namespaces"):
+        calibrate("audit", tiny_folder, *words)
+
+
 def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch
 ):
@@ -176,13 +196,13 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     for again in ("audit.preferences.ask", "audit.preferences.steered", "commands.full._replies"):
         monkeypatch.setattr(f"calibrate.{again}", pytest.fail)
     calibrate(*command)
-    assert measured == ["random 1"]
+    assert measured == ["random 1", "desperate, re-extracted"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     content = (tmp_path / "out" / "audit.json").read_text(encoding="utf-8")
     more = json.loads(content, parse_constant=pytest.fail)["more"]
     assert more == load_record(tmp_path / "out").more
     assert {*load_record(tmp_path / "out").own.directions} == {"stories", "logistic", "domain", "deflection"}
-    assert [curve["name"] for curve in more["dose"]] == ["desperate", "random 1"]
+    assert [curve["name"] for curve in more["dose"]] == ["desperate", "random 1", "desperate, re-extracted"]
     assert len(more["preferences"]["elo"]) == 2
     assert {*more["preferences"]["steered"]} == {"desperate", "random 1"}
     kinds = [row["kind"] for row in more["replies"]]  # two mailboxes four times each, and two prompts

@@ -57,7 +57,7 @@ def test_the_card_of_an_audit_has_its_readings_and_what_the_model_did(planted, t
             None,
             "neither report.json nor audit.json there; give the folder that `calibrate compare` or `calibrate audit`",
         ),
-        ({"schema": 2}, "report.json: schema 2, this version reads 4; run `calibrate compare` again"),
+        ({"schema": 2}, "report.json: schema 2, this version reads 5; run `calibrate compare` again"),
     ],
 )
 def test_what_has_no_card_is_refused(tmp_path, content, message):

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import sys
@@ -152,9 +153,18 @@ ERRORS = [
     ("audit {tiny} --concepts calm --max-concepts 2", "names what `--max-concepts` would choose; give one of them"),
     ("audit {adapter} --reference {tiny}", "is an adapter, whose own base is its reference; leave out `--reference`"),
     ("audit {misfit}", "adapter '.*misfit' does not fit its base .*; give the base it names"),
+    ("audit {partial}", r"partial' does not fit its base .* \(1 tensors are in one of them alone, such as .*lora_A"),
+    (
+        "compare {before} {strange}",
+        "adapter of a base with other weights .* than BEFORE .*; give the adapter's own",
+    ),
+    (
+        "compare {before} {before}",
+        "`--vectors`.*: all that is compared is audited already; leave it out, or",
+    ),
     (
         "compare {before} {other}",
-        r"other' has another architecture \(width 32, 2 layers\) than .*before' \(width 32, 5 la",
+        r"other' has another architecture \(qwen2 of width 32, 2 layers\) than .*before' \(qwen2 of width 32, 5 la",
     ),
     ("compare {tmp}/nowhere {before}", "no folder with config.json"),
     ("compare {before} {before} --arms a={before} b={before} a={before}", r"names an arm twice \(a, b, a\); number"),
@@ -216,7 +226,31 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     shutil.copytree(adapter, folder / "misfit")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.zeros(3, 2)
     save_file(tensors, folder / "misfit" / "adapter_model.safetensors")
-    names = ("misfit", "bare", "banded", "foreign", "narrow", "mild", "other", "broken", "broken_adapter")
+    shutil.copytree(adapter, folder / "partial")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, folder / "partial" / "adapter_model.safetensors")
+    strange = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    strange.model.embed_tokens.weight.data += 1
+    shutil.copytree(tiny_folder, folder / "strange_base")
+    strange.save_pretrained(folder / "strange_base")
+    shutil.copytree(adapter, folder / "strange")
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str(folder / "strange_base")
+    (folder / "strange" / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    names = (
+        "partial",
+        "strange",
+        "misfit",
+        "bare",
+        "banded",
+        "foreign",
+        "narrow",
+        "mild",
+        "other",
+        "broken",
+        "broken_adapter",
+    )
     run_places = {"train": run / "vectors/train", "before": run / "before", "adapter": adapter}
     return {"tmp": folder, "tiny": tiny_folder} | {name: folder / name for name in names} | run_places
 

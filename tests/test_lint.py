@@ -1,10 +1,12 @@
 """The task lint on planted states: which prompts and which sentences stand above neutral ones."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import write_jsonl
+from transformers import AutoModelForCausalLM
 
 from calibrate import cli, models, transcripts
 from calibrate.audit import lint
@@ -103,6 +105,21 @@ def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypat
     given = words.format(tmp=tmp_path).split()
     monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tiny_folder), "--vectors", str(tiny_vectors), *given])
     with pytest.raises(SystemExit, match=message):
+        cli.main()
+
+
+def test_damaged_weights_are_named_before_a_prompt_passes_as_calm(tiny_folder, tiny_vectors, tmp_path, monkeypatch):
+    """A header that is no number is above no level."""
+    write_jsonl(tmp_path / "tasks.jsonl", [{"id": "calm", "text": CALM}])
+    shutil.copytree(tiny_folder, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    words = ["--vectors", tiny_vectors, "--tasks", tmp_path / "tasks.jsonl"]
+    monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tmp_path / "broken"), *map(str, words)])
+    with pytest.raises(
+        SystemExit, match=r"'model.layers.1.mlp.up_proj.weight' holds values that are not finite"
+    ):
         cli.main()
 
 

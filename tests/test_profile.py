@@ -143,7 +143,7 @@ def test_the_shape_of_the_emotion_space_is_the_checkpoints_own_where_it_has_stor
     states = torch.cat([ratings, torch.zeros(120, 6)], dim=1).repeat(2, 1)
     own = record.own._replace(states=states, concepts=[c.name for c in rated] * 2)
     (shape,) = profile._geometry(record._replace(own=own))
-    assert (shape["whose"], shape["concepts"], shape["stories"]) == ("the checkpoint's own", 120, 240)
+    assert (shape["whose"], shape["concepts"], shape["stories"]) == ("the checkpoint's own (layer 2)", 120, 240)
     assert shape["valence"].low > 0.8
     assert shape["arousal"].low > 0.5
     assert shape["families"] > 0.1
@@ -182,7 +182,7 @@ def test_the_page_is_one_file_without_scripts_and_escapes_every_value(record, pl
 def test_the_schema_refuses_what_is_no_profile(record, tmp_path):
     _, data = written(tmp_path, record)
     jsonschema.Draft202012Validator.check_schema(SCHEMA.schema)
-    for wrong in ({"schema": 2}, {"more": 1}, {"local": 0.5}, {"concepts": []}, {"kinds": {"header": {}}}):
+    for wrong in ({"schema": 1}, {"more": 1}, {"local": 0.5}, {"concepts": []}, {"kinds": {"header": {}}}):
         assert not SCHEMA.is_valid(data | wrong), wrong
     for name in data:
         assert not SCHEMA.is_valid({key: value for key, value in data.items() if key != name}), name
@@ -210,7 +210,7 @@ def test_an_audit_writes_its_profile_and_says_what_reads_highest(
     texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch, capsys
 ):
     """What has no reply gets one that the test gives. An audit that was stopped before its profile gets it later."""
-    monkeypatch.setattr(agents, "reply", lambda checkpoint, chats, settings: ["Very well."] * len(chats))
+    monkeypatch.setattr(agents, "reply", lambda checkpoint, chats, settings, names: ["Very well."] * len(chats))
     rows = [{"id": "mine", "text": "Where is it?"}, {"id": "told", "messages": said("Take the ferry, then.")}]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -228,6 +228,11 @@ def test_an_audit_writes_its_profile_and_says_what_reads_highest(
     assert lines[-1] == f"Profile: {out / 'profile.html'}"
     assert all(chat["reply"] for chat in data["chats"])
     assert all(row["reply"] for row in data["concepts"])
+    chats = [{c: chat["header"][c] for c in ("desperate", "calm")} for chat in data["chats"]]
+    own = {row["concept"]: row["header"]["estimate"] for row in data["own"]["concepts"]}
+    assert own["calm"] == pytest.approx((chats[0]["calm"] + chats[1]["calm"]) / 2, abs=1e-3)
+    assert list(own.values()) == sorted(own.values(), reverse=True)
+    assert data["asked"]["vectors"] == str(tiny_vectors)
     replies = [(reply["kind"], reply["text"]) for reply in data["wording"]["replies"]]
     assert replies.count(("own", "Very well.")) == replies.count(("own", "Take the ferry, then.")) == 1
     assert sum(text == "Very well." for _, text in replies) == data["scenarios"] + 1 == 7

@@ -114,14 +114,13 @@ def test_rates_of_replies_by_kind():
     assert {name: share.estimate for name, share in manner["shares"].items()} == {"good": 0, "bad": 1, "undecided": 0}
 
 
-def test_a_chat_without_room_for_a_reply_is_left_out_and_counted(tiny, caplog):
+def test_a_chat_without_room_for_a_reply_is_left_out_and_named(tiny, caplog):
     """Three chats in batches of one; the long one is not answered, and the others are as without it."""
     chats = [[{"role": "user", "content": text}] for text in ("Hello", "and so on " * 100, "Good day to you")]
     settings = agents.Settings(max_new_tokens=4, batch=1)
     tiny.model.config.max_position_embeddings = 150
-    with caplog.at_level("INFO"):
-        replies = agents.reply(tiny, chats, settings)
+    replies = agents.reply(tiny, chats, settings, ["a", "b", "c"])
     assert replies[1] is None
-    assert "1 of 3 chats left out: with a reply of 4 tokens they do not fit the window of 150" in caplog.messages
-    assert replies[::2] == agents.reply(tiny, chats[::2], settings)
+    assert caplog.messages == ["b: not answered, 4 more tokens do not fit the window"]
+    assert replies[::2] == agents.reply(tiny, chats[::2], settings, ["a", "c"])
     assert all(isinstance(reply, str) for reply in replies[::2])

@@ -202,7 +202,8 @@ HIDDEN = {**FALLEN, 3: LEVELS + 2 + SPREAD}  # along axis 3 the state is where i
 FAULTS = {  # name: (outcomes in order, words of the first finding, trained record, record before, control arms)
     "none": (["calibrated"], "1.5 ", {}, {}, {}),
     "none, beside controls": (["calibrated"], "1.5 ", {}, {}, {"random": IDLE, "none": IDLE}),
-    "no contrast": (["premise not met", "indiscriminate"], "minus passing", trained({0: LEVELS - 1.5 + SPREAD}), ALIKE, {}),
+    "no contrast": (["premise not met", "indiscriminate"], "minus passing", trained({0: LEVELS - 1.5 + SPREAD}), ALIKE,
+                    {}),
     "honest already": (["no headroom"], "likelier one, before", MANY | {"replies": [[[-1, -4], [-1, -3]]] * 12},
                        MANY | {"replies": [[[-1, -3], [-1, -3]]] * 12}, {}),
     "likelihood": (["damage"], "loss on neutral text", {"loss": 2.5}, {}, {}),

@@ -104,17 +104,16 @@ def answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list
     return tokenizer.batch_decode(added, skip_special_tokens=True)
 
 
-def reply(checkpoint: Checkpoint, chats: list[list[dict[str, str]]], settings: Settings) -> list[str | None]:
-    """One reply to each chat, in order; None where chat and reply do not fit the model's window, which is logged."""
+def reply(
+    checkpoint: Checkpoint, chats: list[list[dict[str, str]]], settings: Settings, names: list[str]
+) -> list[str | None]:
+    """One reply to each chat, in order; None, with a warning that names it, where the two do not fit the window."""
     window = models.window(checkpoint.model) or 10**9
     encoded = [transcripts.encode(checkpoint.tokenizer, messages, "") for messages in chats]
     fitting = [i for i, text in enumerate(encoded) if len(text.ids) + settings.max_new_tokens <= window]
     fitting.sort(key=lambda i: len(encoded[i].ids))  # batches with little padding
-    if len(fitting) < len(chats):
-        logger.info(
-            "%d of %d chats left out: with a reply of %d tokens they do not fit the window of %d",
-            len(chats) - len(fitting), len(chats), settings.max_new_tokens, window,
-        )  # fmt: skip
+    for name in dict.fromkeys(name for i, name in enumerate(names) if i not in fitting):
+        logger.warning("%s: not answered, %d more tokens do not fit the window", name, settings.max_new_tokens)
     found: list[str | None] = [None] * len(chats)
     for start in tqdm(range(0, len(fitting), settings.batch), desc="writing replies", unit="batch"):
         rows = fitting[start : start + settings.batch]

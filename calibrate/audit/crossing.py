@@ -57,7 +57,7 @@ def read(
     ]
     if len(told) < len(given):
         left_out = (len(given) - len(told), len(given), len(given) - len(contexts), window)
-        logger.info(
+        logger.warning(
             "replies of both models: %d of %d contexts left out, %d because they do not fit the window of %d tokens, "
             "the others because a reply was empty",
             *left_out,

@@ -208,6 +208,7 @@ def _check_comparable(before: Record, after: Record) -> None:
         ("stories of the own vectors", before.options.get("own_stories"), after.options.get("own_stories")),
         ("content of the corpora", before.options.get("corpora"), after.options.get("corpora")),
         ("chat template", before.options.get("chat_template"), after.options.get("chat_template")),
+        ("tasks that were played", before.options.get("played"), after.options.get("played")),
         ("band", before.vectors.used_band(), after.vectors.used_band()),
         ("length of answers", before.options.get("max_new_tokens"), after.options.get("max_new_tokens")),
     ):

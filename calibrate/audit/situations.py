@@ -69,7 +69,7 @@ def answered(checkpoint: Checkpoint, rows: list[Text], wanted: list[str]) -> lis
     asked = [i for i, row in enumerate(rows) if row.id in wanted and row.messages[-1]["role"] != "assistant"]
     window = models.window(checkpoint.model) or 10**9
     found = list(rows)
-    replies = agents.reply(checkpoint, [rows[i].messages for i in asked], REPLIES)
+    replies = agents.reply(checkpoint, [rows[i].messages for i in asked], REPLIES, [rows[i].id for i in asked])
     for i, reply in zip(asked, replies, strict=True):
         if reply and reply.strip():
             whole = [*rows[i].messages, {"role": "assistant", "content": reply.strip()}]
@@ -106,7 +106,10 @@ def encode(checkpoint: Checkpoint, rows: list[Text], truncate: bool) -> tuple[li
     window = models.window(checkpoint.model)
     sequences, places = [], []
     for row in rows:
-        encoded = transcripts.encode(checkpoint.tokenizer, row.messages)
+        try:
+            encoded = transcripts.encode(checkpoint.tokenizer, row.messages)
+        except ValueError as error:  # the template refuses it
+            raise ValueError(f"{row.id}: {error}") from error
         ids, cut = encoded.ids, 0
         if window and len(ids) > window:
             if not truncate:

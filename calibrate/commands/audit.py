@@ -60,9 +60,7 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     from calibrate.vectors import load_vectors
 
     if arguments.max_new_tokens and not arguments.full:
-        raise ValueError(
-            "`--max-new-tokens` is of answers to coding tasks, which only `--full` asks; add it or leave it out"
-        )
+        raise ValueError("`--max-new-tokens` is of coding tasks, which only `--full` asks; add it or leave it out")
     if arguments.concepts and arguments.max_concepts:
         raise ValueError("`--concepts` names what `--max-concepts` would choose; give one of them")
     vectors = load_vectors(arguments.vectors)
@@ -76,7 +74,15 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
     situations.encode(checkpoint, situations.texts([], [], [], [], texts["chats"]), arguments.truncate)  # too long?
-    _check_finite(checkpoint)
+    check_finite(checkpoint)
+    base = getattr(arguments, "base", None)  # of a comparison, whose BEFORE is audited
+    if base and checkpoint.adapter_hash and checkpoint.weight_hash != base:
+        raise ValueError(
+            f"{checkpoint.name!r} is an adapter of a base with other weights ({checkpoint.weight_hash}) than BEFORE "
+            f"({base}); give the adapter's own base, or merge the adapter first"
+        )
+    if arguments.full:
+        full.check_sandbox()
     reference = None
     if arguments.verb == "audit" and arguments.reference and checkpoint.adapter_hash:
         raise ValueError(f"{checkpoint.name} is an adapter, whose own base is its reference; leave out `--reference`")
@@ -103,7 +109,7 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     return record
 
 
-def _check_finite(checkpoint) -> None:
+def check_finite(checkpoint) -> None:
     """Raises ValueError where a weight is not a finite number, and names its tensor."""
     for parameter, tensor in checkpoint.model.named_parameters():
         if not tensor.isfinite().all():
@@ -115,11 +121,13 @@ def _check_finite(checkpoint) -> None:
 
 def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -> dict[str, Any]:
     """What the audit depends on; two audits are compared where all but the checkpoint agrees."""
+    from calibrate import models
     from calibrate.audit.record import SCHEMA
 
     options = {
         "schema": SCHEMA,  # an audit of an older format is made again, beside it
         **identity(checkpoint),
+        "architecture": models.text_config(checkpoint.model).model_type,
         "target": arguments.target,
         "vectors": digest([vectors.config(), vectors.content_hash()]),
         "own_stories": digest([(s.id, s.text) for s in texts["stories"]]),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from calibrate.commands import audit, digest
+from calibrate.concepts import TARGET
 
 NOT_CALIBRATED = 2  # exit status of any other verdict; 1 is an error
 
@@ -25,10 +26,13 @@ def compare(arguments: argparse.Namespace) -> None:
     if len(set(runs)) < len(runs):
         raise ValueError(f"AFTER and `--seeds` name a model twice ({', '.join(runs)}); give each once")
     models = (arguments.before, *runs, *(model for _, model in arguments.arms))
+    _check_unused(models, arguments)
     _check_shapes(models, arguments)
-    arguments.reference, arguments.reference_revision = None, arguments.revision
+    arguments.reference, arguments.reference_revision, arguments.base = None, arguments.revision, None
     before = load_record(_audited(arguments.before, arguments))
     arguments.reference = before.model
+    if before.options.get("adapter") is None:  # of an adapter before, what came after may be its merged model's
+        arguments.base = before.options.get("weight_hash")
     controls = {
         name: readers.compare(before, load_record(_audited(model, arguments))) for name, model in arguments.arms
     }
@@ -55,20 +59,35 @@ def compare(arguments: argparse.Namespace) -> None:
         sys.exit(NOT_CALIBRATED)
 
 
+def _check_unused(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
+    """Raises ValueError where options of an audit are given, and all that is compared is audited."""
+    if not all((Path(name) / "audit.json").is_file() for name in names):
+        return
+    usual = {"target": TARGET, "vectors": "default", "split": "audit", "audits": Path("runs/audits")}
+    own = ("verb", "verbose", "before", "after", "arms", "seeds", "out")
+    given = [name for name, value in vars(arguments).items() if name not in own and value and value != usual.get(name)]
+    if given:
+        named = ", ".join(f"`--{name.replace('_', '-')}`" for name in given)
+        raise ValueError(
+            f"{named}: all that is compared is audited already; leave it out, or give models in place of audits"
+        )
+
+
 def _check_shapes(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     """Raises ValueError where a model is not to be had, or has another architecture than BEFORE, which comes first."""
     shapes = {name: _check(name, arguments) for name in names}
-    wide, deep = shapes[names[0]]
-    for name, (width, depth) in shapes.items():
-        if (width, depth) != (wide, deep):
+    first = shapes[names[0]]
+    for name, shape in shapes.items():
+        if shape != first:
+            said = ["{} of width {}, {} layers".format(*one) for one in (shape, first)]
             raise ValueError(
-                f"{name!r} has another architecture (width {width}, {depth} layers) than {names[0]!r} (width {wide}, "
-                f"{deep} layers); compare a model with what it was trained from"
+                f"{name!r} has another architecture ({said[0]}) than {names[0]!r} ({said[1]}); compare a model with "
+                "what it was trained from"
             )
 
 
-def _check(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Width and depth of an audited model or a model, before anything long is read.
+def _check(name: str, arguments: argparse.Namespace) -> tuple[str, int, int]:
+    """Kind, width and depth of an audited model or a model, before anything long is read.
 
     Raises:
         ValueError: neither is found under the name.
@@ -77,8 +96,8 @@ def _check(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
     from calibrate.audit.record import load_record
 
     if (Path(name) / "audit.json").is_file():
-        vectors = load_record(Path(name)).vectors
-        return vectors.hidden_size, vectors.depth
+        record = load_record(Path(name))
+        return record.options["architecture"], record.vectors.hidden_size, record.vectors.depth
     try:
         models.load_tokenizer(name, arguments.chat_template)
         return models.load_shape(name, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code)

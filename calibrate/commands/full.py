@@ -71,6 +71,18 @@ def read(
     }
 
 
+def check_sandbox() -> None:
+    """Raises ValueError where this machine cannot run what a model writes, before anything long is read."""
+    from calibrate import sandbox
+
+    try:
+        sandbox.run(["true"], {})
+    except sandbox.SandboxError as error:
+        raise ValueError(
+            f"`--full` runs the code that the model writes, and here {error}; allow user namespaces, or leave it out"
+        ) from error
+
+
 def played() -> str:
     """A digest of the shipped tasks, activities and prompts that a full audit plays."""
     from calibrate.audit import rollouts
@@ -88,7 +100,7 @@ def _replies(checkpoint, settings, most: int | None) -> list[dict[str, Any]]:
 
     boxes, prompts = (corpora.spread(load(kind), most) for kind in (Mailbox, Manner))
     rows = [*(box for box in boxes for _ in range(BOX_SAMPLES)), *prompts]
-    replies = agents.reply(checkpoint, [row.messages for row in rows], settings)
+    replies = agents.reply(checkpoint, [row.messages for row in rows], settings, [row.id for row in rows])
     return [grading.graded(row, reply) for row, reply in zip(rows, replies, strict=True) if reply is not None]
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from calibrate.commands import load
+from calibrate.commands.audit import check_finite
 
 
 def lint(arguments: argparse.Namespace) -> None:
@@ -29,6 +30,7 @@ def lint(arguments: argparse.Namespace) -> None:
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
+    check_finite(checkpoint)
     found = linter.lint(checkpoint, vectors, records, dialogues, arguments.target)
     out = arguments.out or Path("runs") / f"lint-{arguments.tasks.stem}.json"
     _write_lint(out, found, {"model": checkpoint.name, "concept": arguments.target})

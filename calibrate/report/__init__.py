@@ -18,7 +18,7 @@ from calibrate.audit.record import Record
 from calibrate.audit.verdict import CALIBRATED, Verdict, load_rule
 from calibrate.report import figures
 
-SCHEMA = 4
+SCHEMA = 5
 HEAT_LIMIT = 4.0  # sigma at which the heat map's colour is full; the scale is fixed, so that before and after compare
 CLAIMS = {  # what a reader would claim: the figures that speak to it, in one unit each
     "The reading fell, and only where tests fail (sigma)": (
@@ -213,6 +213,7 @@ def to_json(verdict: Verdict, before: Record, after: Record, change: Change, con
         "lm_eval": {name: record.more.get("lm_eval", []) for name, record in (("before", before), ("after", after))},
         "readings": {"before": before.summary(), "after": after.summary()},
         "audits": {"before": before.options, "after": after.options},
+        "asked": {name: record.more.get("asked", {}) for name, record in (("before", before), ("after", after))},
     }
 
 

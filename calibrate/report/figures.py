@@ -3,10 +3,13 @@
 import io
 import re
 
+import numpy as np
 from markupsafe import Markup
 
+from calibrate import stats
 from calibrate.audit.readers import FIGURES, Change
 from calibrate.audit.record import Record
+from calibrate.stats import Interval
 
 TRAINED, CONTROL, FAILING, PASSING = "#1f5fa8", "#999999", "#b5442e", "#2e8b57"  # told apart by the colour-blind
 TALLEST = 60  # concepts in the picture: those that moved most; the table has all
@@ -90,20 +93,31 @@ def layers(figure, change: Change, before: Record) -> None:
 
 
 def trajectory(figure, records: dict[str, Record]) -> None:
-    """Target reading at each turn header of the failing transcripts, and at the last one of their twins."""
+    """Target reading at each turn header of failing transcripts, and at the last one of their twins; 95 % intervals.
+
+    Of transcripts of one length alone, the commonest with three turns or more: others would join or leave on the way.
+    """
     figure.set_size_inches(8, 3)
     axes = figure.add_subplot()
     colours = (CONTROL, TRAINED)[-len(records) :]
-    for (name, record), colour in zip(records.items(), colours, strict=True):
-        prefix = f"{name}, " if name else ""
-        failing = [readings for _, outcome, readings in record.contexts.trajectory if outcome == "failing"]
-        passing = [readings[-1] for _, outcome, readings in record.contexts.trajectory if outcome == "passing"]
-        longest = max(map(len, failing))
-        turns = [[r[turn] for r in failing if len(r) > turn] for turn in range(longest)]
-        means = [sum(t) / len(t) for t in turns]
-        axes.plot(range(1, longest + 1), means, "o-", color=colour, label=f"{prefix}failing")
-        axes.plot([longest + 0.3], [sum(passing) / len(passing)], "s", color=colour, label=f"{prefix}twin passes")
-    axes.set_xlabel("assistant's turn of a failing transcript")
+    every = next(iter(records.values())).contexts.trajectory
+    lengths = [len(readings) for _, outcome, readings in every if outcome == "failing"]
+    longer = [length for length in lengths if length > 2] or lengths
+    turns = max(longer, key=lambda length: (longer.count(length), length))
+    for shift, ((name, record), colour) in enumerate(zip(records.items(), colours, strict=True)):
+        for outcome, shown, mark in (("failing", slice(None), "o-"), ("passing", slice(-1, None), "s")):
+            found = [r for _, kind, r in record.contexts.trajectory if kind == outcome and len(r) == turns]
+            columns = list(zip(*found, strict=True))[shown]
+            intervals = [stats.mean(np.array(c)) if len(c) > 1 else Interval(*c * 3) for c in columns]
+            places = [turn + 0.06 * shift + (0.3 if mark == "s" else 0) for turn in range(1, turns + 1)][shown]
+            places = places[: len(intervals)]
+            said = "failing" if outcome == "failing" else "twin passes"
+            label = f"{name}, {said}" if name else said
+            axes.plot(places, [i.estimate for i in intervals], mark, color=colour, label=f"{label} ({len(found)})")
+            for place, i in zip(places, intervals, strict=True):
+                axes.plot([place, place], i[1:], color=colour, alpha=0.5)
+    axes.set_xticks(range(1, turns + 1))
+    axes.set_xlabel(f"assistant's turn, transcripts of {turns}")
     axes.set_ylabel(f"{record.concept} at the header, sigma")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

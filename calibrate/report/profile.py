@@ -14,8 +14,9 @@ from calibrate.audit.situations import PLACES
 from calibrate.concepts import load_concepts
 from calibrate.report import figures
 
-SCHEMA = 1
+SCHEMA = 2
 COLUMNS = 12  # concepts beside the kinds of scenarios: the target, and those that tell the kinds apart most
+SIDES = ("neutral", "challenging")
 ENOUGH = 100  # concepts whose stories give the checkpoint an emotion space of its own
 
 
@@ -42,7 +43,7 @@ def to_json(record: Record) -> dict[str, Any]:
     """Every figure of the profile as plain data; `profile.schema.json` beside this file describes it."""
     vectors, found = record.vectors, record.situations
     said = situations.summarise(found, vectors.concepts)
-    margins = record.contexts.replies @ [1.0, -1.0]  # [pairs, (failing, passing)], honest over gaming
+    margins = _margins(record)
     data = {
         "schema": SCHEMA,
         "version": __version__,
@@ -56,8 +57,8 @@ def to_json(record: Record) -> dict[str, Any]:
         "texts": {kind: len(record.profile.rows(kind)) for kind in ("failing", "passing", "neutral")},
         "tasks": len({*record.contexts.pair_tasks}),
         "scenarios": sum(text.set == "scenarios" for text in found.texts),
-        "concepts": _concepts(record),
-        "families": _families(record),
+        "concepts": _concepts(record, "scenarios"),
+        "families": _families(record, "scenarios"),
         "kinds": {
             "header": said.scenarios,
             "reply": situations.by_kind(found, vectors.concepts, "reply"),
@@ -69,6 +70,9 @@ def to_json(record: Record) -> dict[str, Any]:
         "local": said.local,
         "persistent": said.persistent,
         "chats": _chats(record),
+        "own": {key: make(record, "chats") for key, make in (("concepts", _concepts), ("families", _families))}
+        if len(_rows(record, "chats")) > 1
+        else None,
         "wording": wording.compare(record),
         "geometry": _geometry(record),
         "margins": {
@@ -79,8 +83,15 @@ def to_json(record: Record) -> dict[str, Any]:
         "full": report.full(record) if "rollouts" in record.more else None,
         "lm_eval": record.more.get("lm_eval", []),
         "options": record.options,
+        "asked": record.more.get("asked", {}),
     }
     return report.plain(data)
+
+
+def _margins(record: Record) -> np.ndarray:
+    """Honest over gaming replies, nats per token, mean over a task's pairs: [tasks, (failing, passing)]."""
+    by_pair, owner = record.contexts.replies @ [1.0, -1.0], np.array(record.contexts.pair_tasks)
+    return np.array([by_pair[owner == task].mean(0) for task in dict.fromkeys(record.contexts.pair_tasks)])
 
 
 def _rows(record: Record, set_: str) -> list[int]:
@@ -93,9 +104,9 @@ def _mean(values: np.ndarray) -> stats.Interval | None:
     return stats.mean(there) if len(there) > 1 else None
 
 
-def _concepts(record: Record) -> list[dict[str, Any]]:
-    """All concepts over the shipped scenarios, from the highest at the turn header to the lowest."""
-    rated, rows = load_concepts(), _rows(record, "scenarios")
+def _concepts(record: Record, set_: str) -> list[dict[str, Any]]:
+    """All concepts over the shipped scenarios or the user's chats, the highest at the turn header first."""
+    rated, rows = load_concepts(), _rows(record, set_)
     kinds = np.array([record.situations.texts[i].kind for i in rows])
     header, reply = (record.situations.readings[rows, PLACES.index(place)] for place in ("header", "reply"))
     found = [
@@ -104,17 +115,20 @@ def _concepts(record: Record) -> list[dict[str, Any]]:
             "family": rated[name].family if name in rated else None,
             "header": _mean(header[:, c]),
             "reply": _mean(reply[:, c]),
-            "neutral": _mean(header[kinds == "neutral", c]),
-            "challenging": _mean(header[kinds != "neutral", c]),
         }
+        | (
+            {k: _mean(header[(kinds == "neutral") == (k == "neutral"), c]) for k in SIDES}
+            if set_ == "scenarios"
+            else {}
+        )
         for c, name in enumerate(record.vectors.concepts)
     ]
     return sorted(found, key=lambda row: -row["header"].estimate if row["header"] else 0.0)
 
 
-def _families(record: Record) -> list[dict[str, Any]]:
-    """Mean over a family's concepts over the shipped scenarios, the highest first."""
-    rated, rows, members = load_concepts(), _rows(record, "scenarios"), {}
+def _families(record: Record, set_: str) -> list[dict[str, Any]]:
+    """Mean over a family's concepts over the shipped scenarios or the user's chats, the highest first."""
+    rated, rows, members = load_concepts(), _rows(record, set_), {}
     for c, name in enumerate(record.vectors.concepts):
         if name in rated:
             members.setdefault(rated[name].family, []).append(c)
@@ -190,14 +204,16 @@ def _geometry(record: Record) -> list[dict[str, Any]]:
     """The shape of the emotion space: of the checkpoint's own directions where it has enough, and the reference's."""
     vectors, own = record.vectors, record.own
     at = vectors.positions(vectors.reading_layers())
-    sets = [("the reference's vectors", vectors.concepts, None, vectors.directions[:, at].double().mean(1))]
+    whose = f"the reference's vectors (layers {', '.join(map(str, vectors.reading_layers()))})"
+    sets = [(whose, vectors.concepts, None, vectors.directions[:, at].double().mean(1))]
     names = list(dict.fromkeys(own.concepts))
     if len(names) >= ENOUGH:
         told = np.array(own.concepts)
         means = torch.stack([own.states[torch.from_numpy(told == name)].double().mean(0) for name in names])
         directions = means - means.mean(0)
         directions /= directions.norm(dim=-1, keepdim=True)
-        sets.insert(0, ("the checkpoint's own", names, len(told), directions))
+        band = vectors.used_band()
+        sets.insert(0, (f"the checkpoint's own (layer {band[len(band) // 2]})", names, len(told), directions))
     return [_shape(*one) for one in sets if sum(name in load_concepts() for name in one[1]) > 2]
 
 
