@@ -256,11 +256,18 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--split", choices=("audit", "selection"), default="audit", help="whose tasks are read after")
     parser.add_argument("--max-tasks", type=int, help="audit so many evenly spaced tasks (default: all)")
     parser.add_argument("--concepts", nargs="+", help="re-extract from the stories about these alone, which is faster")
-    parser.add_argument("--launcher", type=Path, default=HERE.parent / "accelerate_configs" / "single_cpu.yaml")
+    parser.add_argument("--launcher", type=Path, help="accelerate's file (default: single_cpu.yaml)")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1, with the launcher)")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")
     arguments = parser.parse_args(own)
+    if arguments.variants and not HINGED.intersection(arguments.arms):
+        parser.error(f"--variants are of the arms that press, and --arms has none: {', '.join(sorted(HINGED))}")
+    if arguments.draws and Arm.RANDOM not in arguments.arms:
+        parser.error("--draws is of the arm random, which --arms does not name; add it, or leave --draws out")
+    if arguments.launcher and arguments.workers > 1:
+        parser.error("--launcher is not used with --workers above 1, which start runs by themselves; leave one out")
+    arguments.launcher = arguments.launcher or HERE.parent / "accelerate_configs" / "single_cpu.yaml"
     arguments.results = arguments.results or arguments.out
     recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]

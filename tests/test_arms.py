@@ -1,6 +1,7 @@
 """Every arm trains for two steps, does what it says, and a control gets the real arm's dose."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_steered_arms_change_the_training_pass_alone(make):  # noqa: F811
         steered = train(make(str(arm), arm=str(arm), max_steps=2, steer_dose=0.5))
         assert steered[0]["logps/chosen"] != plain[0]["logps/chosen"]
         assert steered[0]["loss"] == pytest.approx(plain[0]["loss"])  # at the reference DPO cannot tell replies apart
+
+
+def test_steering_at_fewer_layers_than_there_are_is_said(tiny, tiny_vectors, caplog):
+    vectors = load_vectors(str(tiny_vectors))
+    args = SimpleNamespace(arm=Arm.STEER, concepts=["desperate"], raise_concepts=[], steer_dose=0.05)
+    for depth, said in ((len(vectors.layers), False), (5, True)):
+        vectors.depth = depth
+        arms.steering_of(args, tiny.model, vectors, None, [2])
+        wanted = f"`arm: preventative-steering` adds the target at the {len(vectors.layers)} stored layers of 5"
+        assert (wanted in caplog.text) is said
 
 
 def test_consistency_draws_failing_states_to_those_of_the_passing_twins(make):  # noqa: F811

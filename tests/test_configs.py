@@ -94,6 +94,13 @@ def test_values_of_the_right_type_arrive(tmp_path):
             {"penalty": "squared", "ceiling": "both"},
             "`ceiling: both` is of the hinge; `penalty: squared` has no ceiling",
         ),
+        *(
+            (
+                {"arm": "hinge-union"} | more,
+                "`arm: hinge-union` adds directions up to 8 in all.*; lower `rank`",
+            )
+            for more in ({"rank": 8}, {"rank": 4, "raise_concepts": ["calm"]}, {"concepts": list("abcdefgh")})
+        ),
         ({"penalty": "change"}, "`penalty: change` is 0 at the first step, so `penalty_share` cannot set its weight"),
         (
             {"ceiling": "prevent", "penalty_weight": 1.0, "stop_when_met": True},
@@ -151,6 +158,8 @@ def test_every_number_has_a_range(tmp_path, option, value, allowed):
         {"arm": "other-emotion", "other_concept": "sad"},
         {"other_concept": "desperate"},  # of another arm, so never used
         {"stop_when_met": True, "logging_steps": 1},
+        {"arm": "hinge-union", "rank": 7},
+        {"arm": "hinge-refit", "rank": 8},
     ],
 )
 def test_what_fits_together_is_taken(tmp_path, options):

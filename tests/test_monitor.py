@@ -75,7 +75,9 @@ def make(tiny_folder, tiny_vectors, twins, tmp_path):
             args = SFTConfig(max_length=256, **options)
             trainer = SFTTrainer(args=args, train_dataset=Dataset.from_list(rows), **shared, **peft)
         else:
-            args = CalibratedDPOConfig(vectors=str(tiny_vectors), max_length=256, penalty_weight=1.0, **options)
+            args = CalibratedDPOConfig(
+                vectors=str(tiny_vectors), max_length=256, penalty_weight=1.0, adapt_above_band=True, **options
+            )
             data = {"data": Data(TWINS, TEXTS["dialogues"], TEXTS["stories"]), "weight_hash": checkpoint.weight_hash}
             trainer = kind(args=args, train_dataset=Dataset.from_list(PAIRS), **shared, **peft, **data)
         if every is None:

@@ -466,3 +466,14 @@ def test_a_run_whose_refit_is_gone_is_not_resumed_with_other_directions(make, tm
     (tmp_path / "run" / "calibration" / "refit-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"refit-2\.safetensors"):
         make(**options).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_the_cosine_to_the_start_is_of_the_rows_that_are_refitted(make, tmp_path):  # noqa: F811
+    """At rank 2 each target's neighbour stays, but for what makes it orthogonal to the new one."""
+    options = {"arm": "hinge-refit", "rank": 2, "refit_every": 1, "refit_stories": 2, "refit_turns": 2}
+    trainer = make(raise_concepts=["calm"], learning_rate=1e-2, max_steps=2, **options)
+    (logged,) = [row["refit/cosine_to_start"] for row in train(trainer) if "refit/cosine_to_start" in row]
+    start = trainer._calibration.pressure.start
+    found = load_file(tmp_path / "run" / "calibration" / "refit-1.safetensors")["directions"]
+    assert logged == pytest.approx(refit.cosine(found[[0, 2]], start[[0, 2]]), abs=1e-6)
+    assert logged < refit.cosine(found, start) - 1e-5

@@ -1,12 +1,13 @@
 import re
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from calibrate import corpora, models
 from calibrate.training import runs
-from calibrate.training.configs import CalibratedDPOConfig
+from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig
 from calibrate.vectors import load_vectors
 
 
@@ -133,3 +134,40 @@ def test_the_chosen_reply_is_read_by_a_run(tiny_folder, tiny_vectors, tmp_path):
     args = CalibratedDPOConfig(output_dir=str(tmp_path / "run"), **options)
     run = runs.prepare(args, ModelConfig(model_name_or_path=str(tiny_folder), use_peft=True))
     assert {failing.reply for failing, _ in run.data.twins} <= {pair.chosen[0]["content"] for pair in run.pairs}
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "refused"),
+    [("owner/model", "main", False), ("owner/model", None, False), ("owner/model", "v1", True),
+     ("default", "main", True)],
+)  # fmt: skip
+def test_grpo_in_full_has_the_reference_that_trl_loads_by_name(tiny, monkeypatch, tmp_path, name, revision, refused):
+    monkeypatch.setattr(models, "load", lambda *_, **__: tiny._replace(name=name))
+    options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "beta": 0.1}
+    model = ModelConfig(model_name_or_path=name, model_revision=revision)
+    if not refused:
+        assert runs._models(CalibratedGRPOConfig(**options), model)[0].name == name
+        return
+    with pytest.raises(ValueError, match=r"`beta` is 0.1: TRL loads GRPO's reference by the name .*`beta: 0.0`"):
+        runs._models(CalibratedGRPOConfig(**options), model)
+    runs._models(CalibratedGRPOConfig(**options | {"beta": 0.0}), model)
+
+
+def test_in_full_the_reference_has_the_policys_precision(tiny_folder, tiny_vectors, monkeypatch, tmp_path):
+    """Of a checkpoint in bf16, as on a GPU: neither is rounded where the other is not."""
+    monkeypatch.setattr(models, "_dtype", lambda: torch.bfloat16)
+    args = CalibratedDPOConfig(vectors=str(tiny_vectors), output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    checkpoint, reference = runs._models(args, ModelConfig(model_name_or_path=str(tiny_folder)))
+    assert checkpoint.model.dtype == reference.dtype == torch.float32
+    assert models.load(str(tiny_folder)).model.dtype == torch.bfloat16
+
+
+def test_a_dtype_or_revision_that_would_do_nothing_is_refused(tiny_folder, tmp_path):
+    args = CalibratedDPOConfig(vectors="v", output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    runs.refuse_unused(args, runs.ModelOptions(model_name_or_path="owner/model", model_revision="v1"))
+    with pytest.raises(ValueError, match="`dtype` is 'float32', which this recipe does not use; remove it"):
+        runs.refuse_unused(args, runs.ModelOptions(dtype="float32"))
+    for name in ("default", str(tiny_folder)):
+        runs.refuse_unused(args, runs.ModelOptions(model_name_or_path=name))
+        with pytest.raises(ValueError, match=f"`model_revision` is 'v1', .* '{name}' is none of them, so remove it"):
+            runs.refuse_unused(args, runs.ModelOptions(model_name_or_path=name, model_revision="v1"))

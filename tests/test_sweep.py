@@ -129,6 +129,28 @@ def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
     assert [option(command, "--beta") for command in sweep.of("--beta")] == ["1e-4", "1e-1"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("none", "--variants", "penalty_share=3"), "--variants are of the arms that press, and --arms has none"),
+        (("none", "--draws", "3"), "--draws is of the arm random, which --arms does not name"),
+        (("none", "--workers", "2", "--launcher", "ddp.yaml"), "--launcher is not used with --workers above 1"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(sweep, capsys, words, message):
+    with pytest.raises(SystemExit):
+        sweep("--arms", *words)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert sweep.commands == []
+
+
+def test_the_launcher_is_the_shipped_one_for_a_cpu_unless_it_is_named(sweep):
+    sweep("--arms", "none")
+    assert option(sweep.of("--arm")[0], "--config_file") == str(ROOT / "accelerate_configs" / "single_cpu.yaml")
+    sweep("--arms", "none", "--seeds", "1", "--launcher", "ddp.yaml")
+    assert option(sweep.of("--arm")[0], "--config_file") == "ddp.yaml"
+
+
 def test_steering_at_the_audit_takes_the_model_that_was_trained_without_an_arm(sweep):
     sweep("--arms", "inference-steering")
     (train,) = sweep.of("--arm")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import write_jsonl
 from datasets import Dataset
 from peft import LoraConfig
 from test_trainers import (  # noqa: F401  (`shuffled_vectors` is a fixture)
@@ -39,7 +40,7 @@ def length(completions, **_):
 
 @pytest.fixture
 def make(tiny_folder, tiny_vectors, tmp_path):
-    def make(kind, folder: str = "run", lora=True, **options):
+    def make(kind, folder: str = "run", lora=True, parts=None, **options):
         checkpoint = models.load(str(tiny_folder))
         options = {k: v for k, v in TRL.items() if k != "max_length" or "SFT" in kind.__name__} | options
         options |= {"output_dir": str(tmp_path / folder)}
@@ -58,8 +59,8 @@ def make(tiny_folder, tiny_vectors, tmp_path):
         config = CalibratedGRPOConfig if grpo else CalibratedSFTConfig
         args = config(**{"vectors": str(tiny_vectors)} | options)
         runs.keep_below_band(shared["peft_config"], args)
-        data = Data(TWINS, TEXTS["dialogues"], TEXTS["stories"], prepared=True)
-        return kind(args=args, data=data, weight_hash=checkpoint.weight_hash, **shared)
+        shared["data"] = Data(TWINS, TEXTS["dialogues"], TEXTS["stories"], prepared=True)
+        return kind(args=args, weight_hash=checkpoint.weight_hash, **shared | (parts or {}))
 
     return make
 
@@ -225,6 +226,44 @@ def test_prompts_that_are_rendered_in_another_way_are_refused(make, use):
     with pytest.raises(ValueError, match=r"`chat_template_kwargs` is .*enable_thinking.*render prompts without"):
         make(CalibratedGRPOTrainer, **options)
     make(CalibratedGRPOTrainer, **options | {"arm": "none", "reading_use": "reward"})  # TRL's own: it may have them
+
+
+def test_another_chat_template_is_refused(make, tmp_path, tokenizer):
+    path = tmp_path / "own.jinja"
+    path.write_text(tokenizer.chat_template.replace("assistant", "model"))
+    with pytest.raises(ValueError, match=r"`chat_template_path` is .*own.jinja.*the tokenizer's own template; leave"):
+        make(CalibratedSFTTrainer, chat_template_path=str(path))
+    make(CalibratedSFTTrainer, chat_template_path=str(path), arm="none")  # TRL's own trainer
+
+
+@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
+def test_completions_that_are_not_all_the_models_own_are_refused(make, name):
+    parts = {name: [length] if name == "tools" else length}
+    with pytest.raises(ValueError, match=f"`{name}` may put tokens into completions .*leave it out, or set `reading_"):
+        make(CalibratedGRPOTrainer, parts=parts, auroc_gate=0.0)
+    if name == "rollout_func":
+        make(CalibratedGRPOTrainer, parts=parts, reading_use="aux")
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_prompts_that_are_no_conversations_are_refused(make, name):
+    rows = Dataset.from_list([{"prompt": "The tests failed again."}] * 4)
+    for given in (rows, {"held out": rows})[: 1 if name == "train_dataset" else 2]:
+        with pytest.raises(ValueError, match=r"a prompt is the plain string 'The tests failed again.', but reading"):
+            make(CalibratedGRPOTrainer, parts={name: given}, auroc_gate=0.0)
+    make(CalibratedGRPOTrainer, parts={name: rows}, reading_use="aux")
+
+
+def test_the_pairs_of_the_gate_are_the_trainers_own(make, monkeypatch, tmp_path):
+    """Every other file is read by recipes alone."""
+    monkeypatch.setattr(rewards, "auroc", lambda above, below: 1.0)
+    parts = {"data": Data(TWINS, TEXTS["dialogues"], TEXTS["stories"])}
+    pairs = [pair for pair in corpora.load_pairs() if pair.split == "selection" and pair.kind == "honest"][:1]
+    path = str(write_jsonl(tmp_path / "pairs.jsonl", [pair._asdict() for pair in pairs]))
+    make(CalibratedGRPOTrainer, parts=parts, pairs=path)
+    for options, name in (({"pairs": path, "auroc_gate": 0.0}, "pairs"), ({"repairs": "r"}, "repairs")):
+        with pytest.raises(ValueError, match=f"`{name}` is .*, which recipes use and the trainer does not"):
+            make(CalibratedGRPOTrainer, parts=parts, **options)
 
 
 def test_noise_on_embeddings_is_refused(make):

@@ -1,5 +1,6 @@
 """Which contexts are read, how the penalty is weighed, when a run stops, and what is refused; on DPO."""
 
+import contextlib
 import math
 import re
 import shutil
@@ -9,9 +10,13 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from test_trainers import NO_ANCHORS, TWINS, make, train, weights  # noqa: F401  (`make` is a fixture)
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from trl import DPOTrainer
 
+from calibrate import default_model, models
+from calibrate.training import readings, runs
 from calibrate.training.objective import Data
 from calibrate.vectors import load_vectors
 
@@ -104,7 +109,10 @@ def test_a_model_that_cannot_be_read_truly_is_refused(make):  # noqa: F811
     trainer.model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"the model's config has .*attention_dropout.*: dropout is a floor"):
         trainer._check_supported()
-    trainer.model.config.attention_dropout = 0.0
+    trainer.model.config.attention_dropout, trainer.model.config.hidden_dropout_prob = 0.0, 0.1
+    with pytest.raises(ValueError, match=r"the model's config has .*hidden_dropout_prob.*: dropout is a floor"):
+        trainer._check_supported()
+    trainer.model.config.hidden_dropout_prob = 0.0
     trainer.model.is_quantized = True
     with pytest.raises(ValueError, match="the base is quantised, so its readings are not those of its vectors"):
         trainer._check_supported()
@@ -135,6 +143,17 @@ def test_ways_of_sharing_the_work_that_would_change_a_result_are_refused(make, m
     monkeypatch.setattr(state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
     with pytest.raises(ValueError, match="`fsdp_version: 1` is not supported with calibration terms; set it to 2"):
         trainer._check_supported()
+    shipped = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False}
+    shipped |= {"cpu_offload": OffloadPolicy()}
+    for change, message in (
+        ({}, None),
+        ({"cpu_ram_efficient_loading": True}, "`fsdp_cpu_ram_efficient_loading: true` leaves .*; set it to false"),
+        ({"activation_checkpointing": True}, "`fsdp_activation_checkpointing: true` is not tested .*; set it to fal"),
+        ({"cpu_offload": CPUOffloadPolicy()}, "`fsdp_offload_params: true` is not tested .*; set it to false"),
+    ):
+        monkeypatch.setattr(state, "fsdp_plugin", SimpleNamespace(**shipped | change))
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            trainer._check_supported()
 
 
 def test_on_several_processes_checkpointing_must_not_be_reentrant(make, monkeypatch):  # noqa: F811
@@ -147,6 +166,84 @@ def test_on_several_processes_checkpointing_must_not_be_reentrant(make, monkeypa
     trainer.args.gradient_checkpointing_kwargs = None
     trainer._check_supported()
     assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_reentrant_checkpointing_that_a_user_asked_for_is_refused_under_zero3_too(make, monkeypatch, given):  # noqa: F811
+    """There TRL sets it by itself with LoRA, which is taken back; the plugin is a double."""
+    kwargs = {"use_reentrant": True}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs if given else None}
+    trainer = make(penalty_weight=1.0, **options)
+    trainer.args.gradient_checkpointing_kwargs = kwargs
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=3))
+    refused = pytest.raises(ValueError, match=r"use_reentrant: true.*breaks the second forward pass on several")
+    with refused if given else contextlib.nullcontext():
+        trainer._check_supported()
+    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": given}
+
+
+def test_what_recipes_alone_use_is_refused_by_a_trainer(make):  # noqa: F811
+    trainer, data = make(prepared=False), Data([], [], [])
+    values = dict.fromkeys(("twins", "pairs", "neutral", "stories"), "own.jsonl")
+    for name, value in (values | {"dry_run": True, "max_tasks": 2, "max_pairs": 2, "blocks": "layers"}).items():
+        before = getattr(trainer.args, name)
+        setattr(trainer.args, name, value)
+        with pytest.raises(
+            ValueError, match=f"`{name}` is {value!r}, which recipes use and the trainer does not; use"
+        ):
+            trainer._check_prepared(data)
+        trainer._check_prepared(data._replace(prepared=True))
+        setattr(trainer.args, name, before)
+
+
+def test_an_adapter_above_the_band_is_refused_unless_it_is_asked_for(make, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runs, "keep_below_band", lambda *_: None)
+    for arm in ("none", "hinge-refit"):
+        with pytest.raises(ValueError, match=r"the adapter has no `layers_to_transform`.*`adapt_above_band: true`"):
+            make(arm=arm)
+    make(adapt_above_band=True)
+
+
+def test_reference_states_are_of_these_weights_and_serve_every_adapter(make, monkeypatch):  # noqa: F811
+    """One edited row of the embedding lies between the values that the vectors' hash looks at."""
+    folder = default_model.cache_folder()
+
+    def cached() -> list[int]:
+        return [len(list((folder / name).iterdir())) for name in ("reference-states", "reference-anchors")]
+
+    make("one")
+    make("above", adapt_above_band=True, arm="hinge-frozen")
+    make("full", lora=False)
+    assert cached() == [1, 1]
+    load, hashes = models.load, []
+
+    def edited(name):
+        found = load(name)
+        found.model.get_input_embeddings().weight.data[65] += 1
+        hashes.append((found.weight_hash, models.hash_weights(found.model)))
+        return found
+
+    monkeypatch.setattr(models, "load", edited)
+    make("edited")
+    assert len(set(hashes[0])) == 1
+    assert cached() == [2, 2]
+
+
+def test_the_digest_is_of_every_byte_and_of_the_configuration(tiny):
+    found = [readings.digest(tiny.model)]
+    adapted = get_peft_model(tiny.model, LoraConfig(r=2, target_modules="all-linear"))
+    assert readings.digest(adapted) == found[0]
+    model = adapted.unload()
+    model.config.name_or_path = "elsewhere"
+    assert readings.digest(model) == found[0]
+    model.config.rms_norm_eps *= 2
+    found.append(readings.digest(model))
+    model.model.rotary_emb.inv_freq[-1] += 1e-3  # a buffer
+    found.append(readings.digest(model))
+    for dtype in (torch.bfloat16, torch.float16):
+        found.append(readings.digest(model.to(dtype)))
+    assert len(set(found)) == len(found)
 
 
 def test_only_the_kl_needs_no_share_of_gradients(make, monkeypatch):  # noqa: F811

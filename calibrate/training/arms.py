@@ -1,5 +1,6 @@
 """The arms of a comparison: what presses, along which directions, and how a control is matched to the real one."""
 
+import logging
 from enum import StrEnum
 
 import torch
@@ -9,6 +10,7 @@ from calibrate import steering
 from calibrate.corpora import Pair
 from calibrate.vectors import EmotionVectors, load_vectors
 
+logger = logging.getLogger(__name__)
 MAX_RANK = 8
 
 
@@ -160,10 +162,18 @@ def side_directions(vectors: EmotionVectors, targets: Tensor, concepts: list[str
 
 
 def steering_of(args, model, vectors: EmotionVectors, targets: Tensor, layers: list[int]) -> steering.Steering:
-    """What the arms `preventative-steering` and `ablation` do to the task's forward passes."""
+    """What the arms `preventative-steering` and `ablation` do to the task's forward passes.
+
+    The former adds at the layers that the vectors store and at no other: at all only where they store all.
+    """
     if args.arm == Arm.ABLATE:
         rows = orthonormal(targets)
         return steering.Steering(model, remove={layer: rows[:, i] for i, layer in enumerate(layers)})
     doses = dict.fromkeys(args.concepts, args.steer_dose) | dict.fromkeys(args.raise_concepts, -args.steer_dose)
+    if len(vectors.layers) < vectors.depth:
+        logger.warning(
+            "`arm: %s` adds the target at the %d stored layers of %d; for all, extract with `--layers 0 1 ... %d`",
+            args.arm, len(vectors.layers), vectors.depth, vectors.depth - 1,
+        )  # fmt: skip
     added = steering.additions(vectors, doses, vectors.layers)
     return steering.Steering(model, steering.increments(added))

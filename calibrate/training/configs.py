@@ -123,6 +123,11 @@ class CalibrationConfig:
             raise ValueError(f"`ceiling: {self.ceiling}` is of the hinge; `penalty: {self.penalty}` has no ceiling")
         if self.levels and (self.ceiling != "reduce" or self.arm in arms.CONTROLS):
             raise ValueError("`levels` are ceilings of the targets in mode `reduce`; remove them, or the other option")
+        if self.arm == Arm.HINGE_UNION and len([*self.concepts, *self.raise_concepts]) * self.rank >= arms.MAX_RANK:
+            raise ValueError(
+                f"`arm: hinge-union` adds directions up to {arms.MAX_RANK} in all, of which targets times `rank` "
+                f"{self.rank} leave none; lower `rank`, name fewer concepts, or use `arm: hinge-refit`"
+            )
         if self.stop_when_met and self.arm in arms.HINGED and self.is_plain():
             raise ValueError(
                 "`stop_when_met` waits for readings of the loss's own contexts, but nothing is added to the loss "

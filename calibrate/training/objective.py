@@ -27,13 +27,13 @@ class Data(NamedTuple):
     twins: list[tuple[Context, Context]]  # failing and passing
     dialogues: list[Dialogue]
     stories: list[Story]
-    prepared: bool = False  # whether these and the training set are what arm and `hinge_reply` make of them
+    prepared: bool = False  # whether they, model and training set are what `runs.prepare` makes of the options
 
 
 class Objective:
     """The calibration terms of one run. Made before the first step, when the model is still the reference."""
 
-    def __init__(self, trainer: Any, data: Data, weight_hash: str):
+    def __init__(self, trainer: Any, data: Data):
         self.args, self.trainer, self.accelerator = trainer.args, trainer, trainer.accelerator
         tokenizer, model = trainer.processing_class, self.accelerator.unwrap_model(trainer.model)
         vectors = load_vectors(self.args.vectors)
@@ -53,7 +53,7 @@ class Objective:
                 f"`tool_weight` is {self.args.tool_weight}, but a context has no tool result; set it to 0"
             )
         self.tap = activations.Tap(model, self.layers)
-        identity = f"{weight_hash} {self.accelerator.mixed_precision}"
+        identity = f"{readings.digest(model)} {self.accelerator.mixed_precision}"
         if readings.casts_weights(self.accelerator):
             identity += f" {self.accelerator.distributed_type.value}"
         with readings.as_trained(self.accelerator, model):

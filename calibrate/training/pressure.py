@@ -99,7 +99,8 @@ class Pressure:
         self.press(self.refit.directions(self.refit.measure(states), self.args.arm, self.reader.directions))
         if self.main:
             readings.write(self._refit_file(due), {"directions": self.reader.directions})
-        return refit.cosine(self.refit.fresh, self.start)
+        rank = self.args.rank  # only the first row of a concept is refitted, its neighbours stay
+        return refit.cosine(self.refit.fresh[::rank], self.start[::rank])
 
     def _refit_file(self, step: int) -> Path:
         return self.path / f"refit-{step}.safetensors"

@@ -122,6 +122,23 @@ class Reference:
             yield self.rows([row])
 
 
+def digest(model: Any) -> str:
+    """A hash of every byte of the reference's weights and buffers, and of its configuration.
+
+    The hash that vectors carry is of a sample, which an edited row of the embedding need not touch. An adapter's own
+    weights are left out: beside a frozen base they are those that train. So are names, which an adapter changes.
+    """
+    config = model.config.to_dict() | {"_name_or_path": None}  # wherever it lies
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    adapted = hasattr(model, "peft_config")
+    for part in [*model.parameters(), *model.buffers()]:
+        if not (adapted and part.requires_grad):
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            # NumPy has no bfloat16, so all are bytes to it.
+            found.update(part.detach().flatten().contiguous().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def reference(model: Any, probes: list[Probe], layers: list[int], role_weights: dict, weight_hash: str) -> Reference:
     """The reference's states, from the cache where model, probes, layers and weights of roles are unchanged.
 

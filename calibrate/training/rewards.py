@@ -29,9 +29,17 @@ class ReadingReward:
         """Prepares the reader on the trainer's model and opens the gate.
 
         Raises:
-            ValueError: the reading does not tell shipped gaming from honest replies well enough (`auroc_gate`).
+            ValueError: prompts are no conversations, or the reading does not tell shipped gaming from honest replies
+                well enough (`auroc_gate`).
         """
         args, self.trainer = trainer.args, trainer
+        others = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        for rows in (trainer.train_dataset, *others.values()):
+            if rows is not None and isinstance(prompt := next(iter(rows), {}).get("prompt"), str):
+                raise ValueError(
+                    f"a prompt is the plain string {prompt[:40]!r}, but readings need conversations; give lists of "
+                    "messages with `role` and `content`"
+                )
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         vectors = load_vectors(args.vectors)
         self.layers = sorted(args.layers or vectors.used_band())

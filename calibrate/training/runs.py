@@ -8,9 +8,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from trl import ModelConfig
 
 from calibrate import corpora, models
 from calibrate.corpora import Pair
@@ -18,7 +20,7 @@ from calibrate.models import Checkpoint
 from calibrate.training import arms, estimate
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibrationConfig
 from calibrate.training.objective import Data
-from calibrate.training.options import default
+from calibrate.training.options import default, option
 from calibrate.vectors import load_vectors
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,14 @@ _NO_MATTER = {
 }
 _NO_MATTER |= {"push_to_hub", "save_total_limit", "disable_tqdm", "project", "trackio_space_id", "logging_dir"}
 _NO_MATTER |= {"dry_run"}
+
+
+@dataclass
+class ModelOptions(ModelConfig):
+    """TRL's options of the model; `refuse_unused` says which of them recipes use."""
+
+    # TRL's default is a value that a user may mean: given, it could not be told from not given.
+    dtype: str | None = option(None, "Not used: a model has its checkpoint's dtype, float32 on most CPUs and in full.")
 
 
 class Run(NamedTuple):
@@ -125,13 +135,14 @@ def _models(args: Any, model_args: Any) -> tuple[Checkpoint, Any]:
     if model_args.use_peft:
         return checkpoint, None
     checkpoint.model.float()  # steps of an optimiser vanish in pure bf16; `bf16: true` computes in it all the same
-    by_name = checkpoint.name == "default" or model_args.model_revision
-    if isinstance(args, CalibratedGRPOConfig) and args.beta and by_name:
+    other = checkpoint.name == "default" or model_args.model_revision not in (None, "main")
+    if isinstance(args, CalibratedGRPOConfig) and args.beta and other:
         raise ValueError(
             f"`beta` is {args.beta}: TRL loads GRPO's reference by the name of the model, which need not be these "
             "weights; set `use_peft: true` or `beta: 0.0`"
         )
-    return checkpoint, load().model if isinstance(args, CalibratedDPOConfig) else None
+    # In the policy's precision, as TRL loads its own: rounding would be a difference between the two.
+    return checkpoint, load().model.float() if isinstance(args, CalibratedDPOConfig) else None
 
 
 @contextlib.contextmanager
@@ -152,13 +163,18 @@ def whole_model(args: Any) -> Generator[None]:
 def refuse_unused(args: Any, model_args) -> None:
     """Raises ValueError where an option is set that the recipe would not use: nothing is ignored in silence."""
     used = {"model_name_or_path", "model_revision", "use_peft"}
-    for option in fields(model_args):
-        value = getattr(model_args, option.name)
-        lora = option.name.startswith("lora_") or option.name in ("use_rslora", "use_dora")
-        if option.name in used or (lora and model_args.use_peft) or value == default(option):
+    for field in fields(model_args):
+        value = getattr(model_args, field.name)
+        lora = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
+        if field.name in used or (lora and model_args.use_peft) or value == default(field):
             continue
         wants = "is of LoRA; set `use_peft: true`, or remove it" if lora else "this recipe does not use; remove it"
-        raise ValueError(f"`{option.name}` is {value!r}, which {wants}")
+        raise ValueError(f"`{field.name}` is {value!r}, which {wants}")
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if revision not in (None, "main") and (name == "default" or Path(str(name)).is_dir()):
+        raise ValueError(
+            f"`model_revision` is {revision!r}, which is of models on the Hub; {name!r} is none of them, so remove it"
+        )
     if args.adapt_above_band and not model_args.use_peft:
         raise ValueError("`adapt_above_band` is True, which is of LoRA; set `use_peft: true`, or remove it")
     if args.save_only_model:
@@ -268,7 +284,7 @@ def train(trainer: Any, run: Run) -> None:
 
 def main(recipe: Callable[[Any, Any], None], config: type) -> None:
     """Parses `--config FILE.yaml` and options, runs the recipe, and ends with one line where the user erred."""
-    from trl import ModelConfig, TrlParser
+    from trl import TrlParser
     from yaml import YAMLError
 
     # PEFT looks the base model's vocabulary up on the Hub at every save, to see whether it was resized; it was not.
@@ -276,7 +292,7 @@ def main(recipe: Callable[[Any, Any], None], config: type) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     main_process = os.environ.get("RANK", "0") == "0"
     logging.getLogger("calibrate").setLevel(logging.INFO if main_process else logging.WARNING)
-    parser = TrlParser([config, ModelConfig])  # ty: ignore[invalid-argument-type]
+    parser = TrlParser([config, ModelOptions])  # ty: ignore[invalid-argument-type]
     try:
         recipe(*parser.parse_args_and_config())
     except (ValueError, FileNotFoundError, YAMLError) as error:

@@ -5,16 +5,20 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from calibrate import models
 from calibrate.training import arms, rewards
+from calibrate.training.configs import CalibrationConfig
 from calibrate.training.objective import Data, Objective
 from calibrate.vectors import load_vectors
 
 # What the mixin is mixed into, for the type checker; at run time it stands before any of TRL's trainers.
 _Trainer = Trainer if TYPE_CHECKING else object
+# Options that `runs.prepare` and recipes use; a trainer has its texts from `data`, and its model as it is.
+_OF_RECIPES = ("dry_run", "twins", "pairs", "neutral", "stories", "repairs", "max_tasks", "max_pairs", "blocks")
 
 
 class CalibrationMixin(_Trainer):
@@ -33,6 +37,9 @@ class CalibrationMixin(_Trainer):
     model: Any
 
     def __init__(self, *positional, data: Data, weight_hash: str, **options):
+        # Seen before TRL sets it by itself.
+        given = [one for one in (*positional, *options.values()) if isinstance(one, CalibrationConfig)]
+        self._reentrant_given = any((one.gradient_checkpointing_kwargs or {}).get("use_reentrant") for one in given)
         super().__init__(*positional, **options)
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):  # TRL drops them without a word
             raise ValueError(
@@ -48,7 +55,7 @@ class CalibrationMixin(_Trainer):
         name = config._name_or_path or "of this run"
         vectors.check(config.hidden_size, config.num_hidden_layers, weight_hash, name)
         if not self.args.is_plain():
-            self._calibration = Objective(self, data, weight_hash)
+            self._calibration = Objective(self, data)
             self.add_callback(_StopWhenMet(self._calibration))
         elif self.args.arm in arms.STEERED:
             layers = self.args.layers or vectors.used_band()
@@ -56,10 +63,25 @@ class CalibrationMixin(_Trainer):
             self._steering = arms.steering_of(self.args, model, vectors, targets, layers)
 
     def _check_prepared(self, data: Data) -> None:
-        """Refuses what changes the texts of a run, where they are not those that `runs.prepare` makes."""
-        chosen = getattr(self.args, "hinge_reply", "") == "chosen" and not self.args.is_plain()
-        if (chosen or self.args.arm in arms.PREPARED) and not data.prepared:
-            option = "hinge_reply: chosen" if chosen else f"arm: {self.args.arm}"
+        """Refuses what `runs.prepare` does to texts, model and adapter, where nobody has done it."""
+        args = self.args
+        for config in getattr(self.model, "peft_config", {}).values():
+            if not args.adapt_above_band and getattr(config, "layers_to_transform", None) is None:
+                raise ValueError(
+                    "the adapter has no `layers_to_transform`, so it adapts blocks above the band too; call "
+                    "`calibrate.training.runs.keep_below_band(peft_config, args)` first, or set `adapt_above_band: "
+                    "true`"
+                )
+        gate = getattr(args, "auroc_gate", 0) and args.in_reward()  # reads `pairs` by itself
+        for name in _OF_RECIPES if not data.prepared else ():
+            if (value := getattr(args, name, None)) and not (gate and name == "pairs"):
+                raise ValueError(
+                    f"`{name}` is {value!r}, which recipes use and the trainer does not; use a recipe, or remove it "
+                    "and give the texts in `data` and the model of `calibrate.load`"
+                )
+        chosen = getattr(args, "hinge_reply", "") == "chosen" and not args.is_plain()
+        if (chosen or args.arm in arms.PREPARED) and not data.prepared:
+            option = "hinge_reply: chosen" if chosen else f"arm: {args.arm}"
             raise ValueError(
                 f"`{option}` changes the texts of a run, which recipes do and the trainer does not; use a recipe, or "
                 "change them as `calibrate.training.runs.prepare` does and say so with `Data(..., prepared=True)`"
@@ -75,6 +97,11 @@ class CalibrationMixin(_Trainer):
         for option in ("use_liger_kernel", "torch_compile"):
             if getattr(args, option):
                 raise ValueError(f"`{option}` is not supported with readings; set it to false")
+        if template := getattr(args, "chat_template_path", None):
+            raise ValueError(
+                f"`chat_template_path` is {template!r}, but vectors are read with the tokenizer's own template; leave "
+                "it out, or put the template into the tokenizer and extract vectors with it"
+            )
         if args.is_plain() and args.arm not in arms.STEERED:
             return  # the reward reads in evaluation mode, without a gradient, in passes of its own
         adapters = getattr(self.model, "peft_config", {})
@@ -112,7 +139,8 @@ class CalibrationMixin(_Trainer):
         for option in [*unsupported, *(["padding_free"] if isinstance(self, DPOTrainer) else [])]:
             if getattr(args, option, None):
                 raise ValueError(f"`{option}` is not supported with calibration terms; leave it out")
-        dropped = {name: rate for name, rate in model.config.to_dict().items() if name.endswith(("dropout", "pdrop"))}
+        ends = ("dropout", "dropout_prob", "pdrop")
+        dropped = {name: rate for name, rate in model.config.to_dict().items() if name.endswith(ends)}
         if rates := {name: rate for name, rate in dropped.items() if isinstance(rate, float) and rate > 0}:
             raise ValueError(f"the model's config has {rates}: dropout is a floor under every anchor; set it to 0.0")
         if args.arm in arms.STEERED and not hasattr(model, "disable_adapter"):
@@ -128,6 +156,18 @@ class CalibrationMixin(_Trainer):
         parallel = self.accelerator.parallelism_config
         if fsdp and fsdp.fsdp_version == 1:
             raise ValueError("`fsdp_version: 1` is not supported with calibration terms; set it to 2")
+        if fsdp and fsdp.cpu_ram_efficient_loading:
+            raise ValueError(
+                "`fsdp_cpu_ram_efficient_loading: true` leaves all processes but the first without the weights of "
+                "the reference, which each reads before they are shared out; set it to false"
+            )
+        if fsdp and fsdp.activation_checkpointing:
+            raise ValueError(
+                "`fsdp_activation_checkpointing: true` is not tested with a second forward pass; set it to false, "
+                "and `gradient_checkpointing: true`"
+            )
+        if fsdp and isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
+            raise ValueError("`fsdp_offload_params: true` is not tested with calibration terms; set it to false")
         if parallel and parallel.non_data_parallel_size > 1:
             raise ValueError(
                 "`parallelism_config` with context, sequence or tensor parallelism is not supported with calibration "
@@ -141,7 +181,8 @@ class CalibrationMixin(_Trainer):
 
     def _trl_chose_reentrant(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin
-        return bool(plugin and plugin.zero_stage == 3 and hasattr(self.model, "peft_config"))
+        wanted = plugin and plugin.zero_stage == 3 and hasattr(self.model, "peft_config")
+        return bool(wanted and not self._reentrant_given)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         steered = self.model.training and self._steering is not None
@@ -211,6 +252,12 @@ class CalibratedGRPOTrainer(CalibrationMixin, GRPOTrainer):
                 f"`chat_template_kwargs` is {kwargs!r}, but readings render prompts without them; leave it out or put "
                 "them into the tokenizer's chat template"
             )
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if in_reward and options.get(name):
+                raise ValueError(
+                    f"`{name}` may put tokens into completions that are not the model's own, which the reward's "
+                    "reading would take for its own; leave it out, or set `reading_use: aux`"
+                )
         super().__init__(*positional, reward_funcs=[*functions, *([self._reading] if in_reward else [])], **options)
         if in_reward:
             self._reading.bind(self)
