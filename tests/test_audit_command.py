@@ -192,11 +192,13 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
         "states", "rollouts.jsonl", "replies.json", "preferences.json", "steered.json", "dose-desperate.json",
     }  # fmt: skip
     measured = []
-    monkeypatch.setattr(dose, "measure", lambda *given: measured.append(given[2]) or measure(*given))
+    monkeypatch.setattr(dose, "measure", lambda *given: measured.append((given[2], given[4])) or measure(*given))
     for again in ("audit.preferences.ask", "audit.preferences.steered", "commands.full._replies"):
         monkeypatch.setattr(f"calibrate.{again}", pytest.fail)
     calibrate(*command)
-    assert measured == ["random 1", "desperate, re-extracted"]
+    assert [name for name, _ in measured] == ["random 1", "desperate, re-extracted"]
+    for _, pairs in measured:  # one of each task
+        assert len({pair.task for pair in pairs}) == len(pairs) > 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     content = (tmp_path / "out" / "audit.json").read_text(encoding="utf-8")
     more = json.loads(content, parse_constant=pytest.fail)["more"]
