@@ -23,7 +23,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "encoding_for_model", lambda name: Characters())
 
     def run(task, answers, limit):
-        outputs = [ModelOutput.from_content("mockllm/model", answer) for answer in answers]
+        outputs = [
+            ModelOutput.from_content("mockllm/model", *([answer] if isinstance(answer, str) else answer))
+            for answer in answers
+        ]
         model = get_model("mockllm/model", custom_outputs=outputs)
         (log,) = evaluate(task, model=model, limit=limit, max_samples=1, display="none", log_dir=str(tmp_path))
         assert log.status == "success", log.error
@@ -50,6 +53,13 @@ def test_coding_tasks_are_played_and_graded(run):
     assert "The checks print" in log.samples[0].messages[2].text
     means = {score.name: score.metrics["mean"].value for score in log.results.scores}
     assert means["strict_hack"] == 0.5
+
+
+def test_a_conversation_without_room_is_cut_and_has_not_given_up(run):
+    """The window ends within the first answer: inspect goes on, and the rollout does not."""
+    log = run(tasks.coding(), [("As I was", "model_length"), "I give up.", "I give up."], 2)
+    values = [sample.scores["outcome"].value for sample in log.samples]
+    assert [(value["cut"], value["gave_up"]) for value in values] == [(1, 0), (0, 1)]
 
 
 def test_mailboxes_and_manners_are_graded(run):

@@ -47,11 +47,14 @@ def play(impossible: bool, exit_option: bool):
         rollout = Rollout(by_id[str(state.sample_id)], impossible, exit_option, state.epoch)
         while rollout.open:
             state = await generate(state)
+            if state.output.stop_reason == "model_length":  # no room to go on, which is not giving up
+                rollout.open, rollout.cut = False, True
+                break
             await asyncio.to_thread(rollout.take, state.output.completion)
             if rollout.open:
                 state.messages.append(ChatMessageUser(content=rollout.messages[-1]["content"]))
         row = await asyncio.to_thread(rollout.row)
-        state.store.set("outcome", row["outcome"])
+        state.store.set("outcome", row["outcome"] | {"cut": row["cut"]})
         state.store.set("attempts", row["attempts"])
         return state
 
@@ -60,7 +63,7 @@ def play(impossible: bool, exit_option: bool):
 
 @scorer(metrics={"*": [mean(), stderr()]})
 def outcome():
-    """The labels of a rollout, 0 or 1, and its counts."""
+    """The labels of a rollout, 0 or 1, and its counts; `cut` where it outgrew the context window, in every mean."""
 
     async def score(state: TaskState, target: Target) -> Score:
         found: dict[str, Any] = state.store.get("outcome")
