@@ -2,7 +2,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import chain, combinations
 
 import pytest
 import yaml
@@ -217,9 +217,14 @@ def test_splits_share_no_harness_and_exit_codes_say_what_happened():
     assert not any(one & other for one, other in combinations(harnesses.values(), 2))
 
 
+# Type and message, as Python, pytest and the type checker print them; a long one as far as pytest shows it.
+EXCEPTION = re.compile(r"\b\w*(?:Error|Exception|error|Failed)(?:\[[\w-]+\]|:) .+")
+ASSERTION = re.compile(r"(?:\bassert |\bself\.assert\w+\().+")
+
+
 def test_no_two_tasks_share_a_function_an_assertion_or_an_exception():
-    """Functions and classes under test, lines that only the failing test has, and messages that the last run shows."""
-    functions, asserted, messages = defaultdict(set), defaultdict(set), defaultdict(set)
+    """Functions and classes under test, lines that only the failing test has, and all that any tool result shows."""
+    functions, asserted, exceptions, failed = (defaultdict(set) for _ in range(4))
     for path in build.TASKS.glob("*.yaml"):
         task = build.load_task(path)
         for name, text in task["files"].items():
@@ -231,11 +236,13 @@ def test_no_two_tasks_share_a_function_an_assertion_or_an_exception():
             for line in map(str.strip, task["failing"]["test"].splitlines()):
                 if "assert" in line.lower() and line not in passing:
                     asserted[line].add(task["id"])
-    for failing, _ in TWINS:
-        for found in re.findall(r"\b\w+(?:Error|Exception): .{12,}", failing.messages[-1]["content"]):
-            if not found.endswith("..."):  # pytest cuts long lines
-                messages[found].add(failing.task)
-    for what in (functions, asserted, messages):
+    for context in chain(*TWINS, *CONTROLS):
+        for message in context.messages:
+            if message["role"] == "tool":
+                for pattern, what in ((EXCEPTION, exceptions), (ASSERTION, failed)):
+                    for found in pattern.findall(message["content"]):
+                        what[found].add(context.task)
+    for what in (functions, asserted, exceptions, failed):
         assert len(what) > 40
         assert {name: tasks for name, tasks in what.items() if len(tasks) > 1} == {}
 
