@@ -117,9 +117,7 @@ def test_damaged_weights_are_named_before_a_prompt_passes_as_calm(tiny_folder, t
     model.save_pretrained(tmp_path / "broken")
     words = ["--vectors", tiny_vectors, "--tasks", tmp_path / "tasks.jsonl"]
     monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tmp_path / "broken"), *map(str, words)])
-    with pytest.raises(
-        SystemExit, match=r"'model.layers.1.mlp.up_proj.weight' holds values that are not finite"
-    ):
+    with pytest.raises(SystemExit, match=r"'model.layers.1.mlp.up_proj.weight' holds values that are not finite"):
         cli.main()
 
 

@@ -113,10 +113,9 @@ def dosed(before: Record, after: Record) -> dict[str, Interval]:
     it. Over the doses that both models can be used at; nothing in a quick audit.
     """
     curves = [
-        next((c for c in record.more.get("dose", []) if c["name"] == record.concept), None)
-        for record in (before, after)
+        curve for record in (before, after) for curve in record.more.get("dose", []) if curve["name"] == record.concept
     ]
-    if curves[0] is None or curves[1] is None:
+    if len(curves) < 2:
         return {}
     low, high = (pick(curve["usable"][end] for curve in curves) for end, pick in ((0, max), (1, min)))
     points = [{p["dose"]: p["margins"] for p in curve["points"] if low <= p["dose"] <= high} for curve in curves]
