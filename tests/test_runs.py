@@ -116,15 +116,18 @@ def test_a_recipe_can_name_the_blocks(tiny_folder, tiny_vectors, tmp_path):
         runs._models(CalibratedDPOConfig(**options, blocks="rotary_emb"), model)
 
 
-def test_the_hinge_may_read_the_chosen_reply_never_the_rejected():
+def test_the_hinge_may_read_the_chosen_reply_never_the_rejected(caplog):
+    caplog.set_level("INFO")
     twins, pairs = corpora.load_twins()[:4], corpora.load_pairs()
     for kept, (failing, twin) in zip(twins, runs.with_chosen(twins, pairs), strict=True):
         of_it = [p for p in pairs if (p.task, p.context) == (failing.task, failing.context)]
         assert failing.reply == of_it[0].chosen[0]["content"]
         assert failing.reply not in [p.rejected[0]["content"] for p in of_it]
         assert (failing._replace(reply=kept[0].reply), twin) == kept  # nothing else changes, the twin not at all
+    assert not caplog.messages
     other = [pair for pair in pairs if pair.task != twins[0][0].task]
     assert runs.with_chosen(twins[:1] + twins[-1:], other)[0] == twins[0]  # a context without a pair keeps its opening
+    assert caplog.messages == ["`hinge_reply: chosen`: 1 of 2 contexts have no pair and keep their opening"]
     with pytest.raises(ValueError, match="`hinge_reply` is 'chosen', but no pair has the `task` and `context`"):
         runs.with_chosen(twins[:1], other)
 

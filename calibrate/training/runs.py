@@ -114,6 +114,9 @@ def with_chosen(twins: list, pairs: list) -> list:
             "`hinge_reply` is 'chosen', but no pair has the `task` and `context` of a failing context; set it to "
             "`opening`, or give pairs of these conversations"
         )
+    if without := sum((failing.task, failing.context) not in chosen for failing, _ in twins):
+        said = "`hinge_reply: chosen`: %d of %d contexts have no pair and keep their opening"
+        logger.info(said, without, len(twins))
     return [(failing._replace(reply=reply), twin) for reply, (failing, twin) in zip(replies, twins, strict=True)]
 
 
