@@ -75,9 +75,11 @@ def tokenize(checkpoint, text: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_reply_likelihoods_equal_full_logits_one_by_one(tiny):
-    """Padded batches with cut logits against one plain pass for each text over all its tokens."""
+    """Prompts read once for both replies against one plain pass for each text over all its tokens."""
     pairs = corpora.load_pairs()[:20:5]
-    read = behaviour.reply_log_likelihoods(tiny, pairs, token_budget=3000)
+    alike = [[{"role": "assistant", "content": pairs[0].chosen[0]["content"] + end}] for end in (" So it is.", " No.")]
+    pairs.append(pairs[0]._replace(chosen=alike[0], rejected=alike[1]))
+    read = behaviour.reply_log_likelihoods(tiny, pairs)
     for pair, row in zip(pairs, read, strict=True):
         prompt = tiny.tokenizer.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
         for reply, likelihood in zip((pair.chosen, pair.rejected), row, strict=True):

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     samples: int = 1  # rollouts of each task, form and option
     max_new_tokens: int = 400  # of one answer
     temperature: float = 0.7  # 0: the likeliest token
-    batch: int = 8  # rollouts that are played at once
+    batch: int = 16  # rollouts that are played at once
     seed: int = 0
 
 

@@ -8,31 +8,29 @@ import torch
 from tqdm import tqdm
 
 from calibrate import activations, transcripts
+from calibrate.activations import Branch
 from calibrate.corpora import Pair
 from calibrate.models import Checkpoint
+from calibrate.transcripts import Encoded
 
 
-@torch.no_grad()
-def reply_log_likelihoods(checkpoint: Checkpoint, pairs: list[Pair], token_budget: int = 1024) -> np.ndarray:
-    """Mean log-probability of the reply's tokens, nats per token, [pairs, (honest, gaming)]."""
-    encoded = [
-        transcripts.encode(checkpoint.tokenizer, pair.prompt, side[0]["content"])
-        for pair in pairs
-        for side in (pair.chosen, pair.rejected)
-    ]
-    result = np.zeros(len(encoded))
-    sequences = [text.ids for text in encoded]
-    with tqdm(total=len(encoded), desc="reading replies", unit="text") as bar:
-        for rows in activations.token_budget_batches([len(ids) for ids in sequences], token_budget):
-            batch = activations.collate(rows, sequences, next(checkpoint.model.parameters()).device)
-            # Only the longest reply's positions go through the vocabulary: it is a fifth of the cost at full length.
-            first = min(encoded[row].last("reply").start for row in rows) - 1
-            width = batch.inputs["input_ids"].shape[1]
-            logits = checkpoint.model(**batch.inputs, use_cache=False, logits_to_keep=width - first).logits.float()
-            for index, row in enumerate(rows):
-                span = encoded[row].last("reply")
-                scores = logits[index, span.start - 1 - first : span.stop - 1 - first].log_softmax(-1)
-                truth = batch.inputs["input_ids"][index, span.start : span.stop]
-                result[row] = scores.gather(1, truth[:, None]).mean().item()
-            bar.update(len(rows))
-    return result.reshape(len(pairs), 2)
+def reply_log_likelihoods(checkpoint: Checkpoint, pairs: list[Pair]) -> np.ndarray:
+    """Mean log-probability of the reply's tokens, nats per token, [pairs, (honest, gaming)]; a prompt is read once."""
+    result = np.zeros((len(pairs), 2))
+    for row, pair in enumerate(tqdm(pairs, desc="reading replies", unit="pair")):
+        # The bare prompt is the third, so that what both replies begin with is not read as part of the prompt.
+        replies = [pair.chosen[0]["content"], pair.rejected[0]["content"], ""]
+        encoded = [transcripts.encode(checkpoint.tokenizer, pair.prompt, reply) for reply in replies]
+        branches = activations.branched(checkpoint.model, [text.ids for text in encoded], [0])
+        result[row] = [likelihood(*both) for both in zip(encoded[:2], branches, strict=False)]
+    return result
+
+
+def likelihood(encoded: Encoded, branch: Branch) -> float:
+    """Mean log-probability of the reply's tokens, nats per token."""
+    span = encoded.last("reply")
+    truth = torch.tensor(encoded.ids[span.start : span.stop], device=branch.log_probabilities.device)
+    first = span.start - branch.shared
+    assert first >= 0, "what is shared ends before the reply"
+    scores = branch.log_probabilities[first : first + len(truth)]
+    return float(scores.gather(1, truth[:, None]).mean())

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import activations, models, transcripts
+from calibrate.audit import behaviour
 from calibrate.audit.choices import Question, option_token
 from calibrate.audit.profile import ROLES, Profile, TokenTrace
 from calibrate.corpora import Context, Dialogue, Pair
@@ -159,7 +160,7 @@ class _Reader:
                 f"{window}; give contexts that it takes with `--twins` and `--pairs`"
             )
         branches = activations.branched(self.checkpoint.model, sequences, self.vectors.layers)
-        likelihoods = [_likelihood(text, branch) for text, branch in zip(encoded, branches, strict=False)]
+        likelihoods = [behaviour.likelihood(text, branch) for text, branch in zip(encoded, branches, strict=False)]
         odds = []
         for question, text, branch in zip(asked, put, branches[len(encoded) :], strict=True):
             yes, no = (option_token(tokenizer, text.ids, question, word) for word in _YES_NO)
@@ -208,13 +209,3 @@ class _Reader:
             means[row] = torch.stack([self.mean(read, role) for role in ROLES])
             norms[row] = read.states[:, activations.SINK_TOKENS :].float().norm(dim=-1).mean(1).numpy()
         return means, norms
-
-
-def _likelihood(encoded: transcripts.Encoded, branch: activations.Branch) -> float:
-    """Mean log-probability of the reply's tokens, nats per token."""
-    span = encoded.last("reply")
-    truth = torch.tensor(encoded.ids[span.start : span.stop], device=branch.log_probabilities.device)
-    first = span.start - branch.shared
-    assert first >= 0, "the questions end what is shared before the turn header"
-    scores = branch.log_probabilities[first : first + len(truth)]
-    return float(scores.gather(1, truth[:, None]).mean())

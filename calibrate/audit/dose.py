@@ -154,20 +154,11 @@ def repetition(text: str, size: int = 4) -> float:
     return 1 - len({*grams}) / len(grams) if grams else 0.0
 
 
-@torch.no_grad()
 def _write(checkpoint: Checkpoint, dialogues: list[Dialogue], count: int = 4, tokens: int = 60) -> list[str]:
     """The likeliest answer to the first messages of a few dialogues."""
-    texts = []
-    for dialogue in dialogues[:count]:
-        asked = dialogue.messages[: next(i for i, m in enumerate(dialogue.messages) if m["role"] == "assistant")]
-        inputs = checkpoint.tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(checkpoint.model.device)
-        made = checkpoint.model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=checkpoint.tokenizer.eos_token_id
-        )
-        texts.append(checkpoint.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return texts
+    asked = [row.messages[: [m["role"] for m in row.messages].index("assistant")] for row in dialogues[:count]]
+    texts = [transcripts.encode(checkpoint.tokenizer, messages, "").text for messages in asked]
+    return agents.answer(checkpoint, texts, agents.Settings(max_new_tokens=tokens, temperature=0))
 
 
 def plain(curve: Curve) -> dict:
