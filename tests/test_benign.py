@@ -1,6 +1,7 @@
 """What calibrates nothing is never called calibrated: weight noise and benign fine-tuning of the default model.
 
-Five seeds each, through `calibrate compare`; `make test-plants` runs them beside the planted faults.
+Five seeds each, through `calibrate compare`, and the two plants that need no fitting, a copy and damaged weights;
+`make test-plants` runs them on one core while the other makes and audits the rest.
 """
 
 import plants
@@ -30,3 +31,16 @@ def test_what_calibrates_nothing_is_never_calibrated(audits, tmp_path, kind, see
         adapted.save_pretrained(tmp_path / "model")
     _, report = plants.compare("default", tmp_path / "model", audits)
     assert report["verdict"] != CALIBRATED, report["sentence"]
+
+
+WHOLE = {"copy": "no effect", "damaged weights": "damage"}  # and the verdict
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_audit_names_a_copy_and_damage(audits, tmp_path, name):
+    checkpoint = models.load("default")
+    if name == "damaged weights":
+        plants.add_noise(checkpoint, 0.12, seed=0)
+    plants.save_model(checkpoint, tmp_path / "model")
+    status, report = plants.compare("default", tmp_path / "model", audits)
+    assert (report["verdict"], status) == (WHOLE[name], 2), report["sentence"]
