@@ -1,14 +1,16 @@
 """The audit's reading of contexts against the bare forward passes that it needs, side by side on the default model.
 
 Prints tokens per CPU second (wall seconds on a GPU) of both and their ratio, pair by pair in turn. The bare passes are
-the same shared beginnings and padded continuations at full depth, with the scores of every continued token; the audit
-renders, tokenises, pools, reads and scores within its time. `python benchmarks/audit.py [--pairs 9] [--tasks 2]`
+the same shared beginnings and padded continuations at full depth, with the scores of every reply's tokens and of the
+last ones of the others; the audit renders, tokenises, pools, reads and scores within its time.
+`python benchmarks/audit.py [--pairs 9] [--tasks 2]`
 
 `--whole` prints instead how long `calibrate audit default` takes, by its wall clock and in CPU seconds, which are what
 counts on a shared machine.
 """
 
 import argparse
+import copy
 import resource
 import statistics
 import subprocess
@@ -46,12 +48,12 @@ def main() -> None:
     twins = corpora.of_tasks(twins, arguments.tasks)
     held = {failing.task for failing, _ in twins}
     pairs = [p for p in corpora.load_pairs() if p.task in held and p.context == "plain" and p.kind == "honest"]
-    asked: list[list[list[int]]] = []  # the token ids of every context with its continuations
+    asked: list[tuple[list[list[int]], list[list[int]]]] = []  # token ids: a context's replies, what is not scored
     whole = activations.branched
 
-    def remember(model, sequences, layers):
-        asked.append(sequences)
-        return whole(model, sequences, layers)
+    def remember(model, sequences, layers, unscored):
+        asked.append((sequences, unscored))
+        return whole(model, sequences, layers, unscored)
 
     def audit() -> None:
         contexts.read(checkpoint, vectors, twins, pairs, load(FailureQuestion), [], "desperate")
@@ -61,15 +63,16 @@ def main() -> None:
     jobs = list(asked)
 
     def bare() -> None:
-        for sequences in jobs:
-            _bare(checkpoint.model, sequences)
+        for parts in jobs:
+            _bare(checkpoint.model, *parts)
 
     bare()
     timed = [(_seconds(bare), _seconds(audit)) for _ in range(arguments.pairs)]
-    tokens = sum(_shared(sequences) + sum(len(s) - _shared(sequences) for s in sequences) for sequences in jobs)
+    every = [[*replies, *others] for replies, others in jobs]
+    tokens = sum(_shared(sequences) + sum(len(s) - _shared(sequences) for s in sequences) for sequences in every)
     ratios = sorted(plain / ours for plain, ours in timed)
     print(
-        f"{len(jobs)} contexts with {sum(map(len, jobs))} continuations, {tokens} tokens, {len(timed)} pairs in turn"
+        f"{len(jobs)} contexts with {sum(map(len, every))} continuations, {tokens} tokens, {len(timed)} pairs in turn"
     )
     for name, column in (("bare passes", 0), ("audit", 1)):
         print(
@@ -83,18 +86,24 @@ def _shared(sequences: list[list[int]]) -> int:
 
 
 @torch.no_grad()
-def _bare(model, sequences: list[list[int]]) -> None:
+def _bare(model, replies: list[list[int]], others: list[list[int]]) -> None:
     """The same passes and nothing else: no hooks, no states kept."""
     from transformers import DynamicCache
 
-    shared, device = _shared(sequences), next(model.parameters()).device
+    shared, device = _shared([*replies, *others]), next(model.parameters()).device
     cache = DynamicCache(config=models.text_config(model))
-    model(input_ids=torch.tensor([sequences[0][:shared]], device=device), past_key_values=cache, logits_to_keep=1)
-    cache.batch_repeat_interleave(len(sequences))
-    batch = activations.collate([*range(len(sequences))], [sequence[shared:] for sequence in sequences], device)
-    mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (shared, 0), value=1)
-    positions = batch.inputs["position_ids"] + shared
-    model(input_ids=batch.inputs["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    model(input_ids=torch.tensor([replies[0][:shared]], device=device), past_key_values=cache, logits_to_keep=1)
+    for sequences in (replies, others):
+        continued = copy.deepcopy(cache)
+        continued.batch_repeat_interleave(len(sequences))
+        batch = activations.collate([*range(len(sequences))], [sequence[shared:] for sequence in sequences], device)
+        mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (shared, 0), value=1)
+        ends = sorted({len(sequence) - shared - 1 for sequence in sequences})
+        model(
+            input_ids=batch.inputs["input_ids"], attention_mask=mask, past_key_values=continued,
+            position_ids=batch.inputs["position_ids"] + shared,
+            logits_to_keep=0 if sequences is replies else torch.tensor(ends, device=device),
+        )  # fmt: skip
 
 
 def _seconds(call) -> float:

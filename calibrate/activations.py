@@ -5,7 +5,8 @@ whose entry there has passed the final norm. Read by hooks, never from `hidden_s
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+import copy
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -148,28 +149,34 @@ class Branch(NamedTuple):
     """One continuation: states of the whole sequence, and the scores with which its own tokens are predicted."""
 
     states: Tensor  # [layers, tokens, hidden], of the shared beginning and the continuation
-    log_probabilities: Tensor  # [own tokens + 1, vocabulary]: row 0 predicts its first own token
+    log_probabilities: Tensor  # [own tokens + 1, vocabulary]: row 0 predicts its first own token; unscored: the last
     shared: int  # tokens that all sequences begin with
 
 
 @torch.no_grad()
-def branched(model: nn.Module, sequences: list[list[int]], layers: list[int]) -> list[Branch]:
-    """Reads sequences that begin alike; what they share goes through the model once, the rest as one padded batch.
+def branched(
+    model: nn.Module, sequences: list[list[int]], layers: list[int], unscored: Sequence[list[int]] = ()
+) -> list[Branch]:
+    """Reads sequences that begin alike; what they share goes through the model once, the rest as padded batches.
 
     A transcript with ten continuations costs little more than the transcript. Full depth, keys and values kept.
+
+    Args:
+        unscored: more sequences, of which only what would follow them is scored: a batch of their own, which spares
+            them the vocabulary and the others their padding. Their branches come last.
 
     Raises:
         ValueError: the model keeps a state that cannot be shared (not a plain attention cache).
     """
     device = next(model.parameters()).device
-    shared = next(
-        (i for i, tokens in enumerate(zip(*sequences, strict=False)) if len({*tokens}) > 1), min(map(len, sequences))
-    )
-    shared = min(shared, min(map(len, sequences)) - 1)  # at least one token of its own for each
+    every = [*sequences, *unscored]
+    shared = next((i for i, tokens in enumerate(zip(*every, strict=False)) if len({*tokens}) > 1), len(every[0]))
+    shared = min(shared, min(map(len, every)) - 1)  # at least one token of its own for each
     cache = DynamicCache(config=models.text_config(model))
     tap = Tap(model, layers)
+    found = []
     try:
-        beginning = torch.tensor([sequences[0][:shared]], device=device)
+        beginning = torch.tensor([every[0][:shared]], device=device)
         with tap.recording() as recorded:
             first = model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
         own_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
@@ -179,22 +186,28 @@ def branched(model: nn.Module, sequences: list[list[int]], layers: list[int]) ->
                 "layers all have an attention cache"
             )
         common = torch.stack([recorded[layer][0] for layer in layers])
-        batch = collate([*range(len(sequences))], [sequence[shared:] for sequence in sequences], device)
-        cache.batch_repeat_interleave(len(sequences))
-        mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (shared, 0), value=1)
-        with tap.recording() as recorded:
-            rest = model(
-                input_ids=batch.inputs["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True,
-                position_ids=batch.inputs["position_ids"] + shared,
-            ).logits  # fmt: skip
+        for part, scored in ((sequences, True), (unscored, False)):
+            if not part:
+                continue
+            batch = collate([*range(len(part))], [sequence[shared:] for sequence in part], device)
+            ends = [len(sequence) - shared for sequence in part]
+            scores_at = [*range(max(ends))] if scored else sorted({end - 1 for end in ends})
+            continued = copy.deepcopy(cache)
+            continued.batch_repeat_interleave(len(part))
+            with tap.recording() as recorded:
+                rest = model(
+                    input_ids=batch.inputs["input_ids"], past_key_values=continued, use_cache=True,
+                    attention_mask=torch.nn.functional.pad(batch.inputs["attention_mask"], (shared, 0), value=1),
+                    position_ids=batch.inputs["position_ids"] + shared,
+                    logits_to_keep=torch.tensor(scores_at, device=device),
+                ).logits  # fmt: skip
+            for row, end in enumerate(ends):
+                states = torch.stack([recorded[layer][row, :end] for layer in layers])
+                last = rest[row, scores_at.index(end - 1)][None]
+                logits = torch.cat([first.logits[0, -1:], rest[row, :end]]) if scored else last
+                found.append(Branch(torch.cat([common, states], 1), logits.float().log_softmax(-1), shared))
     finally:
         tap.remove()
-    found = []
-    for row, sequence in enumerate(sequences):
-        own = len(sequence) - shared
-        states = torch.stack([recorded[layer][row, :own] for layer in layers])
-        scores = torch.cat([first.logits[0, -1:], rest[row, :own]]).float().log_softmax(-1)
-        found.append(Branch(torch.cat([common, states], 1), scores, shared))
     return found
 
 

@@ -22,7 +22,7 @@ from calibrate.audit import harness
 from calibrate.models import Checkpoint
 from calibrate.vectors import EmotionVectors
 
-SIZE = ["--split", "selection", "--max-tasks", "12", "--max-rows", "8", "--max-concepts", "43"]
+SIZE = ["--split", "selection", "--max-tasks", "12", "--max-rows", "6", "--max-concepts", "24"]
 BELOW, ABOVE, LATE = 20, 24, 27  # edited blocks: just below the band, between it and the layers above, near the end
 
 

@@ -50,22 +50,25 @@ def test_states_are_hidden_states_without_padding(model, side):
             torch.testing.assert_close(read[row][layer], hidden[layer + 1][0], atol=1e-4, rtol=1e-4)
 
 
-def test_continuations_of_one_beginning_are_those_of_separate_passes(model):
+@pytest.mark.parametrize("scored", [4, 2, 0])
+def test_continuations_of_one_beginning_are_those_of_separate_passes(model, scored):
     """Shared: 17 tokens, more than the sliding window of 8. Own: 5, 12, 1 and none, one beginning being a part.
 
-    States of the whole sequences at every layer, and the scores from that of the first own token on.
+    States of the whole sequences at every layer, and the scores from that of the first own token on, or of those that
+    are not scored what would follow them.
     """
     generator = torch.Generator().manual_seed(2)
     beginning, *own = (torch.randint(1, 60, (n,), generator=generator).tolist() for n in (18, 5, 12, 1))
     sequences = [*([*beginning, 60 + row, *rest] for row, rest in enumerate(own)), beginning]
-    branches = activations.branched(model, sequences, list(range(DEPTH)))
+    branches = activations.branched(model, sequences[:scored], list(range(DEPTH)), sequences[scored:])
     assert not any(module._forward_hooks for module in model.modules())
     for row, (ids, found) in enumerate(zip(sequences, branches, strict=True)):
         with torch.no_grad():
             output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         assert found.shared == 17, row  # of the last sequence a token is left that is its own
         scores = output.logits[0].float().log_softmax(-1)
-        torch.testing.assert_close(found.log_probabilities, scores[found.shared - 1 :], atol=1e-4, rtol=1e-4)
+        wanted = scores[found.shared - 1 :] if row < scored else scores[-1:]
+        torch.testing.assert_close(found.log_probabilities, wanted, atol=1e-4, rtol=1e-4)
         for layer in range(DEPTH - 1):
             expected = output.hidden_states[layer + 1][0]
             torch.testing.assert_close(found.states[layer], expected, atol=1e-4, rtol=1e-4)

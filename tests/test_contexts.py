@@ -185,17 +185,18 @@ def test_norms_of_neutral_text_leave_the_sink_out(setting):
         assert found == pytest.approx(direct.states[:, 1:].norm(dim=-1).mean(1).tolist(), abs=1e-4)
 
 
-def test_a_context_costs_two_passes_whatever_follows_it(setting):
-    """What is shared, and one batch: neutral opening, two questions, two replies a pair, two felt openings."""
-    assert len(setting.passes) == 2 * 6
-    rows = [3 + 4 + 2, 3 + 4, 3 + 2, 3 + 2, 3 + 2, 3]
-    assert [count for count, _ in setting.passes[1::2]] == rows
-    for context, (count, shared), (_, rest) in zip(
-        setting.contexts, setting.passes[::2], setting.passes[1::2], strict=True
-    ):
-        bare, _ = prompts(setting, context.messages)
+def test_a_context_is_read_once_whatever_follows_it(setting):
+    """Then its replies, two a pair, and what is not scored: neutral opening, two felt ones, two questions."""
+    passes = iter(setting.passes)
+    for context, replies, others in zip(setting.contexts, [4, 4, 2, 2, 0, 0], [5, 3, 3, 3, 5, 3], strict=True):
+        count, shared = next(passes)
         assert count == 1
-        assert shared >= len(setting.checkpoint.tokenizer(bare)["input_ids"]) > 3 * rest
+        for rows in filter(None, (replies, others)):
+            count, rest = next(passes)
+            assert count == rows
+            bare, _ = prompts(setting, context.messages)
+            assert shared >= len(setting.checkpoint.tokenizer(bare)["input_ids"]) > 3 * rest
+    assert not [*passes]
 
 
 def test_a_checkpoint_in_half_precision_is_read_too(setting, tiny_folder):

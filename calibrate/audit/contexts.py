@@ -67,19 +67,20 @@ def read(
         openings = [context.felt[name].strip() for name in FELT] if {*FELT} <= context.felt.keys() else []
         texts = [reply[0]["content"] for i in own for reply in (pairs[i].chosen, pairs[i].rejected)]
         asked = _questions(questions, number // 2)
-        found = reader.branches(context, [context.reply, *texts, *openings], [row.question + _ANSWER for row in asked])
-        neutral, *others = found.replies
+        put = [row.question + _ANSWER for row in asked]
+        found = reader.branches(context, texts, [context.reply, *openings], put)
+        neutral, *felt_openings = found.openings
         states.append(torch.stack([reader.mean(neutral, role) for role in ROLES]))
-        replies[own, side] = np.reshape([found.likelihoods[1 : 1 + len(texts)]], (-1, 2))
-        if openings:
-            felt[context.id] = torch.stack([reader.mean(branch, "reply") for branch in others[len(texts) :]])
+        replies[own, side] = np.reshape(found.likelihoods, (-1, 2))
+        if felt_openings:
+            felt[context.id] = torch.stack([reader.mean(branch, "reply") for branch in felt_openings])
         signs = [1.0 if row.yes_means == context.outcome else -1.0 for row in asked]
         failure.append(float(np.mean(np.array(found.odds) * signs)))
         trajectory.append((context.task, context.outcome, reader.headers(neutral)))
         if number < 2 or (context.context != "plain" and len(traces) < 4):
             gamed = context.outcome == "failing" and texts  # the shortcut is where the reading should be highest
             name = f"{context.id}, gaming reply" if gamed else context.id
-            traces.append(reader.trace(name, others[1] if gamed else neutral))
+            traces.append(reader.trace(name, found.replies[1] if gamed else neutral))
     rest, norms = reader.dialogues(dialogues)
     tasks = {context.id: context.task for context in contexts}
     return Contexts(
@@ -132,6 +133,7 @@ class _Read(NamedTuple):
 
 class _Found(NamedTuple):
     replies: list[_Read]
+    openings: list[_Read]
     likelihoods: list[float]  # of each reply, nats per token
     odds: list[float]  # log-odds of yes over no to each question
 
@@ -146,27 +148,28 @@ class _Reader:
         self.rows = [vectors.index(name) for name in self.shown]
         self.pooled = {role: vectors.scale(role, vectors.directions[self.rows]) for role in ("header", "token")}
 
-    def branches(self, context: Context, replies: list[str], questions: list[str]) -> _Found:
-        """Reads a context with its replies and the questions put to it, in one shared pass."""
+    def branches(self, context: Context, replies: list[str], openings: list[str], questions: list[str]) -> _Found:
+        """Reads a context with its replies, openings and the questions put to it, whose beginning is read once."""
         tokenizer = self.checkpoint.tokenizer
-        encoded = [transcripts.encode(tokenizer, context.messages, reply) for reply in replies]
+        told = [transcripts.encode(tokenizer, context.messages, reply) for reply in replies]
+        opened = [transcripts.encode(tokenizer, context.messages, opening) for opening in openings]
         asked = [Question([*context.messages, {"role": "user", "content": q}], _YES_NO, "") for q in questions]
         put = [transcripts.encode(tokenizer, question.messages, "") for question in asked]
-        sequences = [text.ids for text in [*encoded, *put]]
+        scored, unscored = [text.ids for text in told], [text.ids for text in [*opened, *put]]
         window = models.window(self.checkpoint.model)
-        if window and (longest := max(map(len, sequences))) > window:
+        if window and (longest := max(map(len, [*scored, *unscored]))) > window:
             raise ValueError(
                 f"context {context.id!r} has {longest} tokens with its longest continuation, and the model takes "
                 f"{window}; give contexts that it takes with `--twins` and `--pairs`"
             )
-        branches = activations.branched(self.checkpoint.model, sequences, self.vectors.layers)
-        likelihoods = [behaviour.likelihood(text, branch) for text, branch in zip(encoded, branches, strict=False)]
+        found = activations.branched(self.checkpoint.model, scored, self.vectors.layers, unscored)
+        likelihoods = [behaviour.likelihood(*both) for both in zip(told, found, strict=False)]
         odds = []
-        for question, text, branch in zip(asked, put, branches[len(encoded) :], strict=True):
+        for question, text, branch in zip(asked, put, found[len(told) + len(opened) :], strict=True):
             yes, no = (option_token(tokenizer, text.ids, question, word) for word in _YES_NO)
             odds.append(float(branch.log_probabilities[-1, yes] - branch.log_probabilities[-1, no]))
-        reads = [_Read(text, branch.states.cpu()) for text, branch in zip(encoded, branches, strict=False)]
-        return _Found(reads, likelihoods, odds)
+        reads = [_Read(text, branch.states.cpu()) for text, branch in zip([*told, *opened], found, strict=False)]
+        return _Found(reads[: len(told)], reads[len(told) :], likelihoods, odds)
 
     def mean(self, read: _Read, role: str) -> Tensor:
         span = read.encoded.last(role)
