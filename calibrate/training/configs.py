@@ -29,7 +29,7 @@ class CalibrationConfig:
         "of norms, not the norm of a mean: over processes, and the penalty's over four batches of contexts on each.",
     )
     penalty_weight: float | None = option(None, "Fixed weight of the penalty; set it to override `penalty_share`.")
-    penalty_warmup_steps: int = option(2, "Optimiser steps over which the penalty is warmed up.")
+    penalty_warmup_steps: int = option(2, "Optimiser steps over which the penalty warms up; `warmup_steps`: the rate.")
     huber_delta: float = option(1.0, "Knee of the Huber hinge, sigma.")
     set_point: float = option(1.0, "`penalty: set-point` draws readings so many sigma below the reference's.")
     ceiling: str = option("reduce", f"What the ceiling is: {', '.join(ceilings.MODES)}.")
