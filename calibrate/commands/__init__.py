@@ -18,6 +18,16 @@ def load(arguments: argparse.Namespace):
     )
 
 
+def check_finite(checkpoint) -> None:
+    """Raises ValueError where a weight is not a finite number, and names its tensor."""
+    for parameter, tensor in checkpoint.model.named_parameters():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{checkpoint.name}: the tensor {parameter!r} holds values that are not finite; the checkpoint is "
+                "damaged: save or download it again"
+            )
+
+
 def identity(checkpoint) -> dict:
     """What tells one checkpoint from another, a folder whose weights were replaced included."""
     return {

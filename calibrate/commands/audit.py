@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calibrate.commands import digest, full, identity, is_done, load
+from calibrate.commands import check_finite, digest, full, identity, is_done, load
 
 QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
 QUICK_ELSEWHERE = 8  # of them in another template too
@@ -107,16 +107,6 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     record.save(out)
     shutil.rmtree(partial)
     return record
-
-
-def check_finite(checkpoint) -> None:
-    """Raises ValueError where a weight is not a finite number, and names its tensor."""
-    for parameter, tensor in checkpoint.model.named_parameters():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{checkpoint.name}: the tensor {parameter!r} holds values that are not finite; the checkpoint is "
-                "damaged: save or download it again"
-            )
 
 
 def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from calibrate.commands import load
-from calibrate.commands.audit import check_finite
+from calibrate.commands import check_finite, load
 
 
 def lint(arguments: argparse.Namespace) -> None:
