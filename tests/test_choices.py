@@ -1,8 +1,12 @@
 """Closed questions, preferences and comprehension on the tiny model and on planted numbers."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from calibrate import activations, models, steering, transcripts
 from calibrate.audit import choices, comprehension, dose, preferences
@@ -27,10 +31,32 @@ def test_log_probabilities_are_those_of_a_direct_pass(tiny_folder):
         assert found[row] == pytest.approx(expected, abs=1e-5)
 
 
-def test_answers_that_are_not_one_token_are_refused(tiny_folder):
+def test_a_prefill_that_the_tokenizer_joins_to_the_options_is_part_of_the_answer(tiny, tokenizer):
+    """Qwen's and others have tokens such as "(A"; the odds are then of those, after the header."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    learnt, merges = content["model"]["vocab"], content["model"]["merges"]
+    content["pre_tokenizer"]["use_regex"] = False
+    for letter, rarest in zip("AB", (merges.pop(), merges.pop()), strict=True):
+        learnt["(" + letter] = learnt.pop("".join(rarest))
+        merges.append(["(", letter])
+    joining = copy.deepcopy(tokenizer)
+    joining._tokenizer = Tokenizer.from_str(json.dumps(content))
+    checkpoint = tiny._replace(tokenizer=joining)
+    ids, options = choices.answers(joining, Question(ask("short"), "AB"))
+    assert joining.convert_ids_to_tokens(options) == ["(A", "(B"]
+    assert ids == transcripts.encode(joining, ask("short"), "").ids
+    found = choices.log_probabilities(checkpoint, [Question(ask("short"), "AB")], "asking")
+    with torch.no_grad():
+        logits = checkpoint.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert found[0] == pytest.approx(logits[options].tolist(), abs=1e-5)
+
+
+def test_answers_that_do_not_differ_in_one_token_are_refused(tiny_folder):
     checkpoint = models.load(str(tiny_folder))
-    with pytest.raises(ValueError, match=r"the option 'Absolutely not' after '\(' is not one token more"):
+    with pytest.raises(ValueError, match=r"the answers '\(A', '\(Absolutely not' do not differ in one last token"):
         choices.log_probabilities(checkpoint, [Question(ask("?"), ["A", "Absolutely not"])], "asking")
+    with pytest.raises(ValueError, match="do not differ in one last token"):
+        choices.log_probabilities(checkpoint, [Question(ask("?"), "AA")], "asking")
     with pytest.raises(ValueError, match="different numbers of options; ask them apart"):
         choices.log_probabilities(checkpoint, [Question(ask("?"), "AB"), Question(ask("?"), "ABC")], "asking")
 

@@ -15,7 +15,7 @@ TOKEN_BUDGET = 2048  # padded tokens of one pass
 
 
 class Question(NamedTuple):
-    """A chat, the beginning of the reply, and the answers that may follow it, each one token more."""
+    """A chat, the beginning of the reply, and the answers that may follow it, which differ in one token."""
 
     messages: list[dict[str, str]]
     options: Sequence[str]
@@ -34,15 +34,12 @@ def log_probabilities(
         steer: gives for a batch of questions (`rows` are their places) a context in which it is read.
 
     Raises:
-        ValueError: an option is more than one token, or a question has another number of options.
+        ValueError: options do not differ in one last token, or a question has another number of options.
     """
     if len({len(question.options) for question in questions}) > 1:
         raise ValueError("the questions have different numbers of options; ask them apart")
-    sequences, answers = [], []
-    for question in questions:
-        ids = transcripts.encode(checkpoint.tokenizer, question.messages, question.prefill).ids
-        sequences.append(ids)
-        answers.append([option_token(checkpoint.tokenizer, ids, question, option) for option in question.options])
+    asked = [answers(checkpoint.tokenizer, question) for question in questions]
+    sequences = [ids for ids, _ in asked]
     device = next(checkpoint.model.parameters()).device
     found = torch.zeros(len(questions), len(questions[0].options))
     with torch.no_grad(), tqdm(total=len(questions), desc=description, unit="question") as bar:
@@ -50,22 +47,25 @@ def log_probabilities(
             batch = activations.collate(rows, sequences, device, side="left")
             with steer(batch) if steer else nullcontext():
                 logits = checkpoint.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            options = torch.tensor([answers[row] for row in rows], device=device)
+            options = torch.tensor([asked[row][1] for row in rows], device=device)
             found[rows] = logits.log_softmax(-1).gather(1, options).cpu()
             bar.update(len(rows))
     return found.double().numpy()
 
 
-def option_token(tokenizer, ids: list[int], question: Question, option: str) -> int:
-    """The token that `option` adds to the `ids` of a question.
+def answers(tokenizer, question: Question) -> tuple[list[int], list[int]]:
+    """(ids of the question up to the answer, the token of each option that may follow).
+
+    Where a tokenizer joins prefill and option ("(A" is one token of Qwen's) the answer begins with the prefill.
 
     Raises:
-        ValueError: it adds another number of tokens than one.
+        ValueError: the options do not differ in one last token.
     """
-    longer = transcripts.encode(tokenizer, question.messages, question.prefill + option).ids
-    if len(longer) != len(ids) + 1 or longer[:-1] != ids:
+    texts = [question.prefill + option for option in question.options]
+    encoded = [transcripts.encode(tokenizer, question.messages, text).ids for text in texts]
+    if len({(*ids[:-1],) for ids in encoded}) > 1 or len({ids[-1] for ids in encoded}) < len(encoded):
         raise ValueError(
-            f"the option {option!r} after {question.prefill!r} is not one token more for this tokenizer; use another "
-            "letter or another beginning of the reply"
+            f"the answers {', '.join(map(repr, texts))} do not differ in one last token for this tokenizer; use other "
+            "letters or another beginning of the reply"
         )
-    return longer[-1]
+    return encoded[0][:-1], [ids[-1] for ids in encoded]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from calibrate import activations, models, transcripts
 from calibrate.audit import behaviour
-from calibrate.audit.choices import Question, option_token
+from calibrate.audit.choices import Question, answers
 from calibrate.audit.profile import ROLES, Profile, TokenTrace
 from calibrate.corpora import Context, Dialogue, Pair
 from calibrate.corpora.situations import FailureQuestion
@@ -154,8 +154,8 @@ class _Reader:
         told = [transcripts.encode(tokenizer, context.messages, reply) for reply in replies]
         opened = [transcripts.encode(tokenizer, context.messages, opening) for opening in openings]
         asked = [Question([*context.messages, {"role": "user", "content": q}], _YES_NO, "") for q in questions]
-        put = [transcripts.encode(tokenizer, question.messages, "") for question in asked]
-        scored, unscored = [text.ids for text in told], [text.ids for text in [*opened, *put]]
+        put = [answers(tokenizer, question) for question in asked]
+        scored, unscored = [text.ids for text in told], [*(text.ids for text in opened), *(ids for ids, _ in put)]
         window = models.window(self.checkpoint.model)
         if window and (longest := max(map(len, [*scored, *unscored]))) > window:
             raise ValueError(
@@ -165,8 +165,7 @@ class _Reader:
         found = activations.branched(self.checkpoint.model, scored, self.vectors.layers, unscored)
         likelihoods = [behaviour.likelihood(*both) for both in zip(told, found, strict=False)]
         odds = []
-        for question, text, branch in zip(asked, put, found[len(told) + len(opened) :], strict=True):
-            yes, no = (option_token(tokenizer, text.ids, question, word) for word in _YES_NO)
+        for (_, (yes, no)), branch in zip(put, found[len(told) + len(opened) :], strict=True):
             odds.append(float(branch.log_probabilities[-1, yes] - branch.log_probabilities[-1, no]))
         reads = [_Read(text, branch.states.cpu()) for text, branch in zip([*told, *opened], found, strict=False)]
         return _Found(reads[: len(told)], reads[len(told) :], likelihoods, odds)
