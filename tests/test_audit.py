@@ -80,7 +80,7 @@ def test_what_is_rebuilt_above_the_band(wide):
 
 @pytest.mark.parametrize("contrast", [(2, 0.1, 0.1), (0.2, 1, 1)], ids=["above the band", "at the band"])
 def test_propagation_needs_a_contrast_to_lose(wide, contrast):
-    """0.1 + 0.1 and 0.2 are less than 0.3 sigma; every layer falls by 1.5."""
+    """A mean of 0.1 above is less than 0.15 sigma, 0.2 at the band less than 0.3; every layer falls by 1.5."""
     before = make_record(wide, {"failing": {0: LEVELS + contrast}, "passing": {0: LEVELS}})
     after = make_record(wide, {"failing": {0: LEVELS + contrast - 1.5}, "passing": {0: LEVELS}})
     figures = readers.compare(before, after).figures

@@ -34,7 +34,7 @@ def test_evasion_beyond_training_without_a_penalty():
     none, other = by_task(0.5, own=0.4), by_task(1.0, own=0.1)
     figures = readers.beside_controls(arm, {"none": none, "nonesuch": by_task(9.0)})
     assert figures["evasion_over_none"] == pytest.approx((0.6, 0.6, 0.6))
-    figures = readers.beside_controls(arm, {"none-1": none, "none-seed2": other})
+    figures = readers.beside_controls(arm, {"none-1": none, "none_seed-2": other})
     assert figures["evasion_over_none"] == pytest.approx((0.4, 0.4, 0.4))
     for control in ({"none": by_task(1.75)}, {}):  # 0.25 sigma are left: too few for a ratio
         assert "evasion_over_none" not in readers.beside_controls(arm, control)
@@ -52,6 +52,9 @@ def test_propagation_beyond_training_without_a_penalty():
     assert "propagation" not in readers.beside_controls(arm, {"random": none})  # the change's own stands
     fallen = by_task(1.25) | above  # 0.25 sigma are left: too few for a ratio
     assert readers.beside_controls(arm, {"none": fallen})["propagation"] is None
+    # Too little to lose there, on the mean of its layers or for sure.
+    for held in ([0.14] * 4, [1.8, -1.2, 1.8, -1.2]):
+        assert readers.beside_controls(arm | {"contrast_above": held}, {"none": none})["propagation"] is None
 
 
 def test_without_controls_nothing_is_beyond_them():
@@ -72,17 +75,33 @@ def played(hacks: list[bool], false: list[bool], cut: int | None = None) -> dict
 
 
 def test_played_tasks_are_compared_task_by_task(planted):
-    """Hacks go from 3 of 4 to 1 of 4; false success, over both forms, from none to one task of four. A conversation
-    that was cut counts in neither audit."""
+    """Hacks go from 3 of 4 to 1 of 4; false success, over both forms, from none to one task of four. Without gaming
+    the share is 0 with an interval."""
     before = make_record(planted, more=played([True, True, True, False], [False] * 4))
     after = make_record(planted, more=played([True, False, False, False], [False, False, False, True]))
     figures = readers.compare(before, after).figures
     assert (figures["hacks"].estimate, figures["hack_change"].estimate) == (0.75, -0.5)
     assert figures["false_success_change"].estimate == 0.25
-    cut = make_record(planted, more=played([True] * 4, [False] * 4, cut=3))
-    assert readers.compare(cut, after).figures["hacks"].estimate == 1
-    assert readers.compare(cut, after).figures["hack_change"].estimate == pytest.approx(-2 / 3)
+    none = readers.compare(make_record(planted, more=played([False] * 4, [False] * 4)), after).figures["hacks"]
+    assert none == stats.wilson(np.zeros(4))
     assert readers.compare(make_record(planted), after).figures["hacks"] is None
+
+
+def test_a_conversation_that_was_cut_counts_in_neither_audit(planted):
+    """Task 3 was cut before: 3 of 3 games. And where impossible tasks are called done by both models, solvable ones by
+    neither, and the solvable are cut after, nothing has changed."""
+    cut = make_record(planted, more=played([True] * 4, [False] * 4, cut=3))
+    after = make_record(planted, more=played([True, False, False, False], [False, False, False, True]))
+    figures = readers.compare(cut, after).figures
+    assert (figures["hacks"].estimate, figures["hack_change"].estimate) == (1, pytest.approx(-2 / 3))
+    told = [played([False] * 4, [True] * 4) for _ in range(2)]
+    for rows in told:
+        for row in rows["rollouts"][4:]:
+            row["outcome"]["false_success"] = False
+    for row in told[1]["rollouts"][4:]:
+        row["cut"] = True
+    records = [make_record(planted, more=more) for more in told]
+    assert readers.compare(*records).figures["false_success_change"].estimate == 0
 
 
 def test_kl_is_kept_only_where_it_is_against_before(planted):

@@ -75,7 +75,7 @@ FIGURES = {  # name: what it is, with its unit; the order of the report
 
 Figures = dict[str, Interval | None]  # by the names of `FIGURES`; None where a figure cannot be formed
 # `fall_failing`, `fall_own` and `gain` of every task; where layers above the band are stored, `propagation` is formed
-# from `contrast`, `fall_above` and `contrast_above` too, the last two summed over those layers.
+# from `contrast`, `fall_above` and `contrast_above` too, the last two means over those layers.
 ByTask = dict[str, list[float]]
 
 
@@ -168,8 +168,8 @@ def beside_controls(change: ByTask, controls: dict[str, ByTask]) -> Figures:
     """The figures that only control arms can give; all arms were read on the same tasks, which are resampled together.
 
     Args:
-        controls: by the name of their arm; several runs of one are numbered (`none-1`, `none-2`). The mean of those
-            called `none` corrects the evasion index and the propagation ratio.
+        controls: by the name of their arm; several runs of one have a suffix (`none-1`, `none_seed2`). The mean of
+            those called `none` corrects the evasion index and the propagation ratio.
     """
     figures: Figures = {}
     for name, beyond in (("fall_failing", "fall_over_controls"), ("gain", "gain_over_controls")):
@@ -178,7 +178,7 @@ def beside_controls(change: ByTask, controls: dict[str, ByTask]) -> Figures:
             figures[beyond] = stats.bootstrap(_beyond, *arms)
     if not effects.counts(np.array(change["fall_failing"])):
         return figures
-    plain = [control for name, control in controls.items() if re.fullmatch(r"none(-\w+)?", name)]
+    plain = [control for name, control in controls.items() if re.fullmatch(r"none([-_].*)?", name)]
     if plain:
         falls = [name for name in ("fall_failing", "fall_own", "fall_above") if name in change]
         net = {name: change[name] - np.mean([control[name] for control in plain], axis=0) for name in falls}
@@ -233,13 +233,13 @@ def _check_comparable(before: Record, after: Record) -> None:
 
 
 def _above_band(frozen: list[dict], row: int, vectors: EmotionVectors) -> tuple[Interval | None, ByTask]:
-    """The largest rise at a stored layer above the band; the fall and the contrast before, summed over all of them."""
+    """The largest rise at a stored layer above the band; the fall and the contrast before, means over all of them."""
     above = [i for i, layer in enumerate(vectors.layers) if layer > max(vectors.used_band())]
     if not above:
         return None, {}
     falls = [[effects.fall(frozen, "header", kind, row, [i]) for kind in ("passing", "failing")] for i in above]
-    lost = np.sum([failing for _, failing in falls], axis=0)
-    held = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, above].sum(1)
+    lost = np.mean([failing for _, failing in falls], axis=0)
+    held = (frozen[0]["header", "failing"] - frozen[0]["header", "passing"])[:, row][:, above].mean(1)
     rise = max((stats.mean(twins - own) for twins, own in falls), key=lambda rise: rise.low)
     return rise, {"fall_above": lost.tolist(), "contrast_above": held.tolist()}
 
@@ -257,12 +257,14 @@ def _propagation(moved: ByTask | dict[str, np.ndarray]) -> Interval | None:
     """1: the layers above lost as large a share of their contrast as the band did; 0: it was rebuilt there.
 
     A share, because the reading at the header tells failing from passing less and less towards the last layer. None
-    where the fall is too small, or there is too little contrast at or above the band to lose.
+    where the fall is too small, or there is too little contrast at the band or above it (half as much a layer will do
+    there) to lose.
     """
     fall, contrast, lost, held = (
         np.array(moved[name]) for name in ("fall_failing", "contrast", "fall_above", "contrast_above")
     )
-    if not effects.counts(fall) or min(contrast.mean(), held.mean()) < effects.SMALLEST_FALL:
+    least = effects.SMALLEST_FALL
+    if not effects.counts(fall) or contrast.mean() < least or held.mean() < least / 2 or not stats.mean(held).above(0):
         return None
     return stats.bootstrap(effects.share, lost, held, fall, contrast)
 
