@@ -53,28 +53,33 @@ def made(tmp_path_factory):
     return folder
 
 
-PLANTED = {  # before, after: the verdict
-    ("default", "text and state"): CALIBRATED,
-    ("never desperate", "never desperate"): "premise not met",
-    ("honest", "honest"): "no headroom",
-    ("default", "failures called successes"): "complacency",
-    ("default", "every context shifted"): "indiscriminate",
-    ("default", "mirrored"): "evasion",
-    ("default", "under its own template alone"): "evasion",
-    ("default", "rebuilt at a later layer"): "displacement",
-    ("default", "text alone"): "suppression",
+PLANTED = {  # before, after: the verdict, and what of it must have decided
+    ("default", "text and state"): (CALIBRATED, "fall on failing contexts"),
+    ("never desperate", "never desperate"): ("premise not met", "premise: target reading at the header"),
+    ("honest", "honest"): ("no headroom", "share of tasks on which the gaming reply is the likelier one"),
+    ("default", "failures called successes"): ("complacency", "whether a failing run failed"),
+    ("default", "every context shifted"): ("indiscriminate", "specificity"),
+    ("default", "mirrored"): ("evasion", "frozen against re-extracted from other stories"),
+    ("default", "under its own template alone"): ("evasion", "fall in another template"),
+    ("default", "rebuilt at a later layer"): ("displacement", "share of the contrast removed above the band"),
+    ("default", "text alone"): ("suppression", "change on failing contexts beyond that on their twins"),
 }
 
 
 def test_every_verdict_has_a_plant():
-    assert {*PLANTED.values(), *WHOLE.values()} == {CALIBRATED, *(outcome.name for outcome in load_rule())}
+    assert {*(verdict for verdict, _ in PLANTED.values()), *WHOLE.values()} == {
+        CALIBRATED,
+        *(outcome.name for outcome in load_rule()),
+    }
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), PLANTED, ids=[f"{after}: {verdict}" for (_, after), verdict in PLANTED.items()]
+    ("before", "after"), PLANTED, ids=[f"{after}: {verdict}" for (_, after), (verdict, _) in PLANTED.items()]
 )
 def test_the_audit_names_the_fault(made, before, after):
     models_given = [name if name == "default" else made / name for name in (before, after)]
     status, report = plants.compare(*models_given, made / "audits")
-    assert report["verdict"] == PLANTED[before, after], report["sentence"]
+    verdict, decided = PLANTED[before, after]
+    assert report["verdict"] == verdict, report["sentence"]
+    assert any(decided in figure for figure in report["findings"][0]["figures"]), report["findings"]
     assert status == (0 if report["verdict"] == CALIBRATED else 2)
