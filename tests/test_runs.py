@@ -1,3 +1,4 @@
+import contextlib
 import re
 
 import pytest
@@ -57,6 +58,24 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, section, name, valu
     setattr(model if section == "model" else training, name, value)
     with pytest.raises(ValueError, match=f"`{name}` is .*which this recipe does not use"):
         runs.refuse_unused(training, model)
+
+
+def test_a_launcher_with_another_precision_is_refused(tmp_path, monkeypatch):
+    """transformers takes the launcher's where neither option is true, and the options' where one is."""
+    options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True}
+    for launched, own, refused in (
+        ("bf16", {"bf16": False}, True),
+        ("fp16", {"bf16": True}, True),
+        ("bf16", {"bf16": True}, False),
+        ("bf16", {}, False),  # TRL's default
+        ("no", {"bf16": True}, False),  # what accelerate passes on where nobody chose
+        ("no", {"bf16": False}, False),
+    ):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        args = CalibratedDPOConfig(**options, **own)
+        message = f"the launcher's `mixed_precision` is '{launched}', but `bf16` is {args.bf16} and `fp16` is False; "
+        with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+            runs.refuse_unused(args, ModelConfig())
 
 
 def test_a_checkpoint_without_its_optimiser_is_refused(tmp_path):

@@ -180,6 +180,13 @@ def refuse_unused(args: Any, model_args) -> None:
         )
     if args.adapt_above_band and not model_args.use_peft:
         raise ValueError("`adapt_above_band` is True, which is of LoRA; set `use_peft: true`, or remove it")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # "no" where nobody chose
+    if launched not in ("no", "fp16" if args.fp16 else "bf16" if args.bf16 else "no"):
+        # transformers takes the options' where one of them is true, and else the launcher's, without a word.
+        raise ValueError(
+            f"the launcher's `mixed_precision` is {launched!r}, but `bf16` is {args.bf16} and `fp16` is {args.fp16}; "
+            "make them agree, in the recipe's YAML or with another file of accelerate_configs/"
+        )
     if args.save_only_model:
         raise ValueError(
             "`save_only_model` is True, but this recipe resumes by itself, from checkpoints that hold the optimiser "
