@@ -140,6 +140,13 @@ def test_ways_of_sharing_the_work_that_would_change_a_result_are_refused(make, m
         with pytest.raises(ValueError, match=r"`parallelism_config` with .*`cp_size`, `sp_size` and `tp_size` at 1"):
             trainer._check_supported()
     monkeypatch.setattr(state, "parallelism_config", None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as the launcher does; on CPUs accelerate then runs DDP
+    with pytest.raises(
+        ValueError, match=r"the launcher asks for FSDP, .* would be NO; set `use_cpu: false`, or take an"
+    ):
+        trainer._check_supported()
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+    trainer._check_supported()
     monkeypatch.setattr(state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
     with pytest.raises(ValueError, match="`fsdp_version: 1` is not supported with calibration terms; set it to 2"):
         trainer._check_supported()

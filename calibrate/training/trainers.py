@@ -1,6 +1,7 @@
 """One mixin that adds the calibration terms to a TRL trainer's loss, and the trainers made with it."""
 
 import contextlib
+import os
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,12 @@ class CalibrationMixin(_Trainer):
     def _check_launch(self) -> None:
         """Refuses ways of sharing the work in which a second pass on the unwrapped model is no part of the first."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # there under FSDP alone
-        parallel = self.accelerator.parallelism_config
+        parallel, kind = self.accelerator.parallelism_config, self.accelerator.distributed_type
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and kind != DistributedType.FSDP:
+            raise ValueError(
+                f"the launcher asks for FSDP, which accelerate has on GPUs alone: this run would be {kind.value}; set "
+                "`use_cpu: false`, or take another launcher"
+            )
         if fsdp and fsdp.fsdp_version == 1:
             raise ValueError("`fsdp_version: 1` is not supported with calibration terms; set it to 2")
         if fsdp and fsdp.cpu_ram_efficient_loading:
