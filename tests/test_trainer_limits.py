@@ -1,6 +1,8 @@
 """Which contexts are read, how the penalty is weighed, when a run stops, and what is refused; on DPO."""
 
 import contextlib
+import copy
+import json
 import math
 import re
 import shutil
@@ -59,6 +61,23 @@ def test_the_penalty_is_weighed_over_several_batches_of_contexts(make):  # noqa:
     assert objective.penalty_weight == pytest.approx(0.5 * task / (sum(norms) / 4), rel=1e-5)
     logged = [row for row in trainer.state.log_history if "calibration/norm_ratio" in row]
     assert len(logged) == 1
+
+
+def test_the_weight_of_an_earlier_run_is_taken_where_it_is_resumed_alone(make, tmp_path):  # noqa: F811
+    """In one folder: twice the share has twice the weight. What a resumed run takes is what stands in the file."""
+    options, found = {"save_strategy": "steps", "save_steps": 1, "penalty_warmup_steps": 0}, []
+    for share in (0.5, 1.0):
+        trainer = make(penalty_share=share, max_steps=1, **options)
+        found.append(train(trainer)[0]["calibration/penalty_weight"])
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-6)
+    path = tmp_path / "run" / "calibration" / "state.json"
+    state = json.loads(path.read_text())
+    assert state["penalty_weight"] == pytest.approx(found[1])
+    path.write_text(json.dumps(state | {"penalty_weight": 7.5}))
+    resumed = make(penalty_share=1.0, max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    logged = [row["calibration/penalty_weight"] for row in resumed.state.log_history if "loss" in row]
+    assert logged == [pytest.approx(found[1]), 7.5]
 
 
 def gradient_norm(model) -> float:

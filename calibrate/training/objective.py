@@ -75,7 +75,8 @@ class Objective:
         self._step, self._micro = -1, 0
         self._excess: list[float] = []
         self.met = False  # whether readings on failing contexts are at or below the ceiling
-        self.penalty_weight = self.pressure.load_or_save()
+        self.penalty_weight: float | None = None
+        self._kept_weight = self.pressure.load_or_save()
         if self.args.penalty_weight is not None or self.args.penalty_share == 0:
             self.penalty_weight = self.args.penalty_weight or 0.0
             if self.args.penalty_weight is not None and self.args.arm in arms.CONTROLS:
@@ -148,8 +149,8 @@ class Objective:
         """The weighted sum of all terms for this micro-step, to be added to the task's loss."""
         step = self.trainer.state.global_step
         self._micro = self._micro + 1 if step == self._step else 0
-        if step and self._step == -1 and self.args.stop_when_met:
-            self._excess = self._logged_excess()
+        if step and self._step == -1:
+            self._resume()
         if step != self._step:
             self._step = step
             self._follow(model, step)
@@ -167,6 +168,13 @@ class Objective:
         self._metrics["calibration/penalty_weight"].append(torch.tensor(weights["penalty"]))
         total = torch.zeros((), device=task_loss.device)
         return total + sum(weights[name] * term for name, term in terms.items())
+
+    def _resume(self) -> None:
+        """Takes from the output folder and the log what the run had when it stopped."""
+        if self.penalty_weight is None:
+            self.penalty_weight = self._kept_weight
+        if self.args.stop_when_met:
+            self._excess = self._logged_excess()
 
     def _follow(self, model: Any, step: int) -> None:
         """Refits the directions where it is time."""
