@@ -127,6 +127,18 @@ def test_grpo_with_the_penalty_in_the_loss(make, use):
     assert ("rewards/reading/mean" in last) is (use == "both")
 
 
+def test_grpo_rewards_and_presses_along_the_same_random_direction(make, tiny_vectors):
+    """A draw has no sign of its own: the one that reads higher on failing contexts, in reward and loss alike."""
+    options, flipped = {"reading_use": "both", "arm": "random", "auroc_gate": 0.0}, []
+    for draw in range(3):
+        trainer = make(CalibratedGRPOTrainer, f"run-{draw}", random_seed=draw, **options)
+        pressed = trainer._calibration.pressure.reader.directions
+        assert torch.equal(trainer._reading.reader.directions, pressed)
+        drawn = arms.random_directions(load_vectors(str(tiny_vectors)), 1, [2], draw)
+        flipped.append(bool((drawn * pressed).sum() < 0))
+    assert True in flipped
+
+
 def test_the_gate_refuses_a_reader_that_cannot_tell_and_lets_one_through_that_can(make, monkeypatch):
     monkeypatch.setattr(rewards, "auroc", lambda above, below: 0.0)
     with pytest.raises(ValueError, match=r"tells \d+ gaming from honest replies with an AUROC of 0.00, below"):

@@ -44,7 +44,9 @@ class ReadingReward:
         vectors = load_vectors(args.vectors)
         self.layers = sorted(args.layers or vectors.used_band())
         found = arms.target_directions(vectors, args.concepts, args.raise_concepts, args.rank, self.layers)
-        if args.arm in arms.CONTROLS:
+        if trainer._calibration is not None:  # a random direction has its sign from the contexts that the loss reads
+            found = trainer._calibration.pressure.start
+        elif args.arm in arms.CONTROLS:
             found = arms.control_directions(args, vectors, found, self.layers)
         self.reader = readings.Reader(vectors, found, self.layers)
         self.tap = activations.Tap(self.model, self.layers)
