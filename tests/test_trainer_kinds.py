@@ -189,6 +189,20 @@ def test_execution_rewards_code_that_passes(tmp_path):
     assert found == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        ("No code.", None),
+        ("```python\na = 1\n```", "a = 1\n"),
+        ("```\na = 1\n```\nBetter:\n```python\nb = 2\n```\nDone.", "b = 2\n"),
+        ("```python\na = 1\n```\nOr rather:\n```python\nb =", "a = 1\n"),  # the last one is cut off
+        ("```python\na = 1", None),
+    ],
+)
+def test_the_code_of_a_reply_is_its_last_closed_block(reply, code):
+    assert rewards.code_block(reply) == code
+
+
 def test_the_shipped_repairs_fail_as_they_are():
     """One of them: its own code in a reply earns nothing, so there is something to learn."""
     repair = corpora.load_repairs()[0]

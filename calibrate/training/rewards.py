@@ -155,9 +155,6 @@ def tests_pass(
 
 
 def code_block(text: str) -> str | None:
-    """The last fenced block of a reply, without the line that names its language; None where there is none."""
-    parts = text.split("```")
-    if len(parts) < 3:
-        return None
-    _, _, code = parts[-2].partition("\n")
-    return code
+    """The last closed block of a reply, without the line that names its language; None where there is none."""
+    closed = text.split("```")[1:-1:2]  # what stands after the last fence is prose, or a block that is cut off
+    return closed[-1].partition("\n")[2] if closed else None
