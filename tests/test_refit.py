@@ -200,6 +200,16 @@ def test_retrain_recovers_a_planted_direction_and_has_the_starts_sign(vectors, t
     assert abs(found[0.0]) < 0.7
 
 
+@pytest.mark.parametrize("arm", [Arm.HINGE_REFIT, Arm.HINGE_RETRAIN, Arm.HINGE_UNION])
+def test_stories_that_turn_round_do_not_turn_the_direction_round(vectors, texts, arm):
+    """5 along axis 0 becomes (-5, 5): refitted 1 - 2 and 1, anew -1 and 1; with the start's sign (1, -1) in all."""
+    source = texts.source(axis((0, 5.0)))
+    follow = started(vectors, texts, axis((0, 1.0))[None], [[source]])
+    texts.move(source, axis((0, -10.0), (7, 5.0)))
+    directions(follow, texts, arm)
+    torch.testing.assert_close(follow.fresh, unit((0, 1.0), (7, -1.0))[None], rtol=0, atol=1e-6)
+
+
 # ---- the union
 
 

@@ -133,15 +133,15 @@ class Refit:
         fresh = []
         for concept, (before, after) in enumerate(zip(self.at_start, now, strict=True)):
             start = self.start[concept * self.rank].double()
-            sign = 1.0
             lengths = [difference.norm(dim=-1, keepdim=True) for difference in before]
             if arm == arms.Arm.HINGE_RETRAIN:
                 moved = torch.stack([a / n for a, n in zip(after, lengths, strict=True)]).mean(0)
-                sign = torch.where((moved * start).sum(-1, keepdim=True) < 0, -1.0, 1.0)
             else:
                 changes = [(a - b) / n for a, b, n in zip(after, before, lengths, strict=True)]
                 # Of a concept to raise the start is its negative, so its sources count in that sense too.
                 moved = start + self.signs[concept] * torch.stack(changes).mean(0)
+            # The start's sign: of a concept to raise the sources are its opposite, and in a tuned model any may turn.
+            sign = torch.where((moved * start).sum(-1, keepdim=True) < 0, -1.0, 1.0)
             unit = sign * moved / moved.norm(dim=-1, keepdim=True)
             rest = self.start[concept * self.rank + 1 : (concept + 1) * self.rank]
             fresh.append(arms.orthonormal(torch.cat([unit[None].float(), rest])))
