@@ -132,6 +132,12 @@ def test_a_model_that_cannot_be_read_truly_is_refused(make):  # noqa: F811
     with pytest.raises(ValueError, match=r"the model's config has .*hidden_dropout_prob.*: dropout is a floor"):
         trainer._check_supported()
     trainer.model.config.hidden_dropout_prob = 0.0
+    body = models.decoder(trainer.model)
+    whole, body.config = body.config, copy.deepcopy(body.config)  # as where text is a part of the model
+    body.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"the model's config has .*attention_dropout.*: dropout is a floor"):
+        trainer._check_supported()
+    body.config = whole
     trainer.model.is_quantized = True
     with pytest.raises(ValueError, match="the base is quantised, so its readings are not those of its vectors"):
         trainer._check_supported()

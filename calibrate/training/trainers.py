@@ -141,8 +141,10 @@ class CalibrationMixin(_Trainer):
             if getattr(args, option, None):
                 raise ValueError(f"`{option}` is not supported with calibration terms; leave it out")
         ends = ("dropout", "dropout_prob", "pdrop")
-        dropped = {name: rate for name, rate in model.config.to_dict().items() if name.endswith(ends)}
-        if rates := {name: rate for name, rate in dropped.items() if isinstance(rate, float) and rate > 0}:
+        # Where text is a part of the model, its configuration is one of its own.
+        found = [*model.config.to_dict().items(), *models.text_config(model).to_dict().items()]
+        dropped = [(name, rate) for name, rate in found if name.endswith(ends)]
+        if rates := {name: rate for name, rate in dropped if isinstance(rate, float) and rate > 0}:
             raise ValueError(f"the model's config has {rates}: dropout is a floor under every anchor; set it to 0.0")
         if args.arm in arms.STEERED and not hasattr(model, "disable_adapter"):
             raise ValueError(
