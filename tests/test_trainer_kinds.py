@@ -1,12 +1,13 @@
 """SFT and GRPO with the calibration terms; DPO is in test_trainers.py."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 from conftest import write_jsonl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_trainers import (  # noqa: F401  (`shuffled_vectors` is a fixture)
     NO_ANCHORS,
     PAIRS,
@@ -244,6 +245,37 @@ def test_without_an_adapter_there_is_no_reference_to_read_with(make):
         make(CalibratedGRPOTrainer, lora=False, auroc_gate=0.0)
     logged = train(make(CalibratedGRPOTrainer, lora=False, auroc_gate=0.0, reading_by="policy", max_steps=1))
     assert "rewards/reading/mean" in logged[0]
+
+
+def test_an_adapter_that_is_there_already_is_read_without(make, tiny_folder):
+    """Wrapped by the user, with or without a trained adapter, whose start is not the model without it."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, layers_to_transform=[0, 1, 2])
+    wrapped = get_peft_model(models.load(str(tiny_folder)).model, lora)
+    parts = {"model": wrapped, "peft_config": None}
+    logged = train(make(CalibratedGRPOTrainer, parts=parts, auroc_gate=0.0, max_steps=1))
+    assert "rewards/reading/mean" in logged[0]
+    next(part for name, part in wrapped.named_parameters() if "lora_B" in name).data[0, 0] = 0.1
+    for kind, options in ((CalibratedGRPOTrainer, {"auroc_gate": 0.0}), (CalibratedSFTTrainer, {})):
+        with pytest.raises(ValueError, match=r"the adapter is not 0 at the start .*trained before.*merge it into"):
+            make(kind, parts=parts, **options)
+        make(kind, parts=parts, arm="none")  # TRL's own trainer
+
+
+@pytest.mark.parametrize(
+    ("start", "refused"), [("pissa", True), ("olora", True), (False, True), ("gaussian", False), (True, False)]
+)
+def test_an_adapter_must_start_at_the_model_without_it(make, start, refused):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1, 2], init_lora_weights=start)
+    for kind, options in ((CalibratedSFTTrainer, {}), (CalibratedGRPOTrainer, {"auroc_gate": 0.0})):
+        message = f"the adapter is not 0 at the start .`init_lora_weights` is {start!r}"
+        with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+            make(kind, parts={"peft_config": lora}, **options)
+
+
+@pytest.mark.parametrize("arm", ["none", "hinge-frozen"])
+def test_grpo_without_prompts_is_refused(make, arm):
+    with pytest.raises(ValueError, match=r"no training example: `train_dataset` is empty; give .*`repairs`"):
+        make(CalibratedGRPOTrainer, parts={"train_dataset": Dataset.from_dict({"prompt": []})}, arm=arm)
 
 
 @pytest.mark.parametrize("use", ["reward", "aux"])

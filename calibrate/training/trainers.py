@@ -42,9 +42,13 @@ class CalibrationMixin(_Trainer):
         given = [one for one in (*positional, *options.values()) if isinstance(one, CalibrationConfig)]
         self._reentrant_given = any((one.gradient_checkpointing_kwargs or {}).get("use_reentrant") for one in given)
         super().__init__(*positional, **options)
-        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):  # TRL drops them without a word
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            if length := getattr(self.args, "max_length", None):  # TRL drops them without a word
+                raise ValueError(
+                    f"no training example is left: with `max_length` {length} every prompt is cut; raise it"
+                )
             raise ValueError(
-                f"no training example is left: with `max_length` {self.args.max_length} every prompt is cut; raise it"
+                'no training example: `train_dataset` is empty; give some, in `repairs` with `"split": "train"`'
             )
         self._check_prepared(data)
         self._check_supported()
@@ -95,6 +99,14 @@ class CalibrationMixin(_Trainer):
             return
         if getattr(self.accelerator.unwrap_model(self.model), "is_quantized", False):
             raise ValueError("the base is quantised, so its readings are not those of its vectors; load it in full")
+        adapters = getattr(self.model, "peft_config", {})
+        at_zero = ("lora_B", "lora_embedding_A")  # the factors that PEFT starts at 0, of matrices and of embeddings
+        if any(part.any() for name, part in self.model.named_parameters() if any(one in name for one in at_zero)):
+            starts = ", ".join({repr(getattr(config, "init_lora_weights", None)) for config in adapters.values()})
+            raise ValueError(
+                f"the adapter is not 0 at the start (`init_lora_weights` is {starts}, or it was trained before), and "
+                "the reference is the model without it; set `init_lora_weights` to True, or merge it into its base"
+            )
         for option in ("use_liger_kernel", "torch_compile"):
             if getattr(args, option):
                 raise ValueError(f"`{option}` is not supported with readings; set it to false")
@@ -105,7 +117,6 @@ class CalibrationMixin(_Trainer):
             )
         if args.is_plain() and args.arm not in arms.STEERED:
             return  # the reward reads in evaluation mode, without a gradient, in passes of its own
-        adapters = getattr(self.model, "peft_config", {})
         if any(getattr(config, "lora_dropout", 0) for config in adapters.values()):
             raise ValueError("`lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0")
         self._check_model()
@@ -250,7 +261,9 @@ class CalibratedGRPOTrainer(CalibrationMixin, GRPOTrainer):
         self._reading = rewards.ReadingReward()
         functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         in_reward = options["args"].in_reward()
-        if in_reward and options["args"].reading_by == "reference" and not options.get("peft_config"):
+        model = options.get("model", positional[0] if positional else None)
+        adapted = options.get("peft_config") or hasattr(model, "disable_adapter")
+        if in_reward and options["args"].reading_by == "reference" and not adapted:
             raise ValueError(
                 "`reading_by: reference` needs an adapter that can be switched off; set `use_peft: true`, or "
                 "`reading_by: policy`"
