@@ -185,7 +185,7 @@ def test_what_fits_together_is_taken(tmp_path, options):
         ),
         ({"penalty": "l2"}, "`penalty` is 'l2'; allowed"),
         *(
-            ({"arm": arm}, f"`arm: {arm}` is a way of preference tuning; use it with recipes/dpo.py")
+            ({"arm": arm}, f"`arm: {arm}` is not for GRPO; use it with recipes/dpo.py or recipes/sft.py$")
             for arm in ("calm-dpo", "preventative-steering", "ablation")
         ),
         (

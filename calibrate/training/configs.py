@@ -280,7 +280,7 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: 0 to 1")
         if self.arm == Arm.CALM_DPO or self.arm in arms.STEERED:
-            raise ValueError(f"`arm: {self.arm}` is a way of preference tuning; use it with recipes/dpo.py")
+            raise ValueError(f"`arm: {self.arm}` is not for GRPO; use it with recipes/dpo.py or recipes/sft.py")
         if self.max_pairs is not None:
             raise ValueError(f"`max_pairs` is {self.max_pairs}, but GRPO trains on no pairs; leave it out")
         if self.reading_use == "reward" and self.arm in {*arms.REFITTED, Arm.CONSISTENCY, Arm.OUTPUT_KL}:
