@@ -117,7 +117,7 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ),
         (
             {"ceiling": "prevent"},
-            "`ceiling: prevent` starts at a hinge of 0, so `penalty_share` cannot set its weight",
+            "`ceiling: prevent` is 0 at the first step, so `penalty_share` cannot set its weight",
         ),
     ],
 )
@@ -150,6 +150,8 @@ def test_every_number_has_a_range(tmp_path, option, value, allowed):
     [
         {"penalty": "change", "penalty_weight": 0.1},
         {"penalty": "change", "arm": "none"},
+        {"penalty": "change", "penalty_share": 0.0},
+        {"ceiling": "prevent", "penalty_share": 0.0},
         {"penalty": "set-point"},
         {"ceiling": "prevent", "penalty_weight": 0.1},
         {"ceiling": "prevent", "arm": "output-kl"},
@@ -255,6 +257,30 @@ TEXTS = {"text_anchor_every": 3, "anchor_texts": 9}
         ({}, []),
         ({"corridor": 0.3, "refit_every": 5}, []),
         ({"arm": "hinge-frozen", "refit_every": 5, "corridor": 0.3}, ["refit_every 5"]),
+        *(
+            (
+                {"corridor": 0.3, "ceiling_quantile": 0.3, "penalty_warmup_steps": 9, "refit_every": 5} | change,
+                ["ceiling_quantile 0.3", "corridor 0.3", "penalty_warmup_steps 9", *also],
+            )
+            for change, also in (
+                ({"penalty_weight": 0.0}, []),  # the anchor on passing twins follows the refits
+                ({"penalty_weight": 0.0, "anchor_weight": 0.0}, ["refit_every 5"]),
+            )
+        ),
+        (
+            {"penalty_share": 0.0, "ceiling": "prevent", "ceiling_margin": 0.1},
+            ["ceiling 'prevent'", "ceiling_margin 0.1"],
+        ),
+        (
+            {
+                "penalty_share": 0.0,
+                "ceiling": "both",
+                "ceiling_margin": 0.1,
+                "stop_when_met": True,
+                "logging_steps": 1,
+            },
+            [],  # the run ends by it
+        ),
         ({"arm": "consistency", "corridor": 0.3, "ceiling": "both"}, ["ceiling 'both'", "corridor 0.3"]),
         ({"arm": "none", "penalty_share": 0.5, "rank": 2}, ["penalty_share 0.5", "rank 2"]),
         (FILES | {"arm": "none"}, ["neutral 'n'", "stories 's'", "twins 't'"]),
@@ -304,7 +330,7 @@ TEXTS = {"text_anchor_every": 3, "anchor_texts": 9}
     ],
 )
 def test_what_the_arm_does_not_use_is_named(tmp_path, options, unused):
-    ignored = [f"{name} 0.0" for name in NO_TEXTS]  # a weight of 0 is no wish
+    ignored = [f"{name} 0.0" for name in ANCHORS]  # a weight of 0 is no wish
     assert sorted(set(parse(tmp_path, **options).unused()) - set(ignored)) == unused
 
 

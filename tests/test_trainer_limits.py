@@ -288,6 +288,21 @@ def test_only_the_kl_needs_no_share_of_gradients(make, monkeypatch):  # noqa: F8
         trainers[1]._calibration._check(vectors, data)
 
 
+@pytest.mark.parametrize(
+    ("options", "refits"),
+    [
+        ({"penalty_share": 0.0}, True),
+        ({"penalty_share": 0.0, "anchor_weight": 0.0}, False),
+        ({"penalty_weight": 0.0} | NO_ANCHORS | {"kl_weight": 1.0}, False),
+        ({"anchor_weight": 0.0}, True),
+    ],
+)
+def test_directions_are_refitted_where_a_term_reads_along_them(make, options, refits):  # noqa: F811
+    """The penalty, or the anchor on passing twins."""
+    logged = train(make(arm="hinge-refit", refit_every=1, refit_stories=2, max_steps=2, **options))
+    assert ("refit/cosine_to_start" in logged[1]) is refits
+
+
 def test_only_the_kl_reads_no_tool_result(make):  # noqa: F811
     make(arm="output-kl", tool_weight=0.25)  # where a context has none, every arm that reads contexts is refused
 

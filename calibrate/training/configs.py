@@ -36,14 +36,10 @@ class CalibrationConfig:
     ceiling_quantile: float = option(0.5, "`reduce`: quantile of the reference's readings on passing twins.")
     ceiling_margin: float = option(0.0, "`prevent`: sigma above the reference's reading of the same token.")
     corridor: float = option(1.0, "Sigma below the ceiling at which the hinge pays again (a floor).")
-    stop_when_met: bool = option(
-        False, "End the run when the mean reading of the last 8 steps is at or below the ceiling."
-    )
+    stop_when_met: bool = option(False, "End the run when the mean of the last 8 steps is at or below the ceiling.")
     header_weight: float = option(1.0, "Weight of the turn header in the reading terms.")
     reply_weight: float = option(1.0, "Weight of the reply tokens in the reading terms.")
-    tool_weight: float = option(
-        0.0, "Weight of the last tool result, 0 to 0.25: it carries the perception of failure."
-    )
+    tool_weight: float = option(0.0, "Weight of the last tool result, 0 to 0.25: it carries that failure is seen.")
     reply_tokens: int = option(64, "Reply tokens that are read, from the first.")
     contexts_per_step: int = option(1, "Failing contexts, and as many twins, per micro-step.")
     max_context_tokens: int | None = option(
@@ -144,16 +140,12 @@ class CalibrationConfig:
                 "`stop_when_met` needs `logging_steps: 1` and `logging_strategy: steps`: a resumed run takes its last "
                 "steps from the log"
             )
-        if self.penalty in ("change",) and self.penalty_weight is None and self.arm in arms.HINGED:
-            raise ValueError(
-                f"`penalty: {self.penalty}` is 0 at the first step, so `penalty_share` cannot set its weight; set "
-                "`penalty_weight`"
-            )
-        if self.ceiling == "prevent" and self.penalty_weight is None and self.arm in arms.HINGED:
-            raise ValueError(
-                "`ceiling: prevent` starts at a hinge of 0, so `penalty_share` cannot set its weight; set "
-                "`penalty_weight`"
-            )
+        for name, value in (("penalty", "change"), ("ceiling", "prevent")):
+            if getattr(self, name) == value and self.measures_share() and self.arm in arms.HINGED:
+                raise ValueError(
+                    f"`{name}: {value}` is 0 at the first step, so `penalty_share` cannot set its weight; set "
+                    "`penalty_weight`"
+                )
 
     def role_weights(self) -> tuple[float, float, float]:
         """Weights of header, reply and tool result."""
@@ -174,9 +166,10 @@ class CalibrationConfig:
         """Whether an option has any effect, for those that not every arm uses (`layers`: LoRA ends there in all)."""
         arm, terms = self.arm, not self.is_plain()
         presses = terms and arm != Arm.OUTPUT_KL  # contexts are read
-        pressed = terms and arm in arms.HINGED
+        pressed = terms and arm in arms.HINGED and self._weighs()
         hinge, prevent = pressed and self.penalty == "hinge", self.ceiling == "prevent"
-        refits = terms and arm in arms.REFITTED
+        held = hinge or self.stop_when_met  # readings are held against the ceiling
+        refits = self.refits()
         story_anchor = presses and self.concept_weight + self.concept_kl_weight > 0
         texts = terms and (self.kl_weight + self.same_kl_weight > 0 or story_anchor)
         directed = self.uses_vectors() and arm != Arm.OUTPUT_KL
@@ -188,7 +181,9 @@ class CalibrationConfig:
             "rank": directed and arm not in arms.STEERED,
             "penalty": pressed,
             "set_point": pressed and self.penalty == "set-point",
-            "ceiling_margin": hinge and self.ceiling != "reduce",
+            "ceiling": held,
+            "ceiling_margin": held and self.ceiling != "reduce",
+            "penalty_warmup_steps": presses and self._weighs(),
             "penalty_share": presses and self.penalty_weight is None,
             "refit_turns": refits and TARGET in (*self.concepts, *self.raise_concepts),
             "reply_tokens": presses or (texts and self.same_kl_weight > 0),
@@ -201,8 +196,8 @@ class CalibrationConfig:
         }
         used |= dict.fromkeys(("concepts", "raise_concepts"), directed)
         used |= dict.fromkeys(("refit_every", "refit_stories"), refits)
-        used |= dict.fromkeys(("ceiling", "corridor", "huber_delta"), hinge)
-        used |= dict.fromkeys(("ceiling_quantile", "levels"), (hinge and not prevent) or self.stop_when_met)
+        used |= dict.fromkeys(("corridor", "huber_delta"), hinge)
+        used |= dict.fromkeys(("ceiling_quantile", "levels"), held and not prevent)
         used |= dict.fromkeys(("kl_weight", "same_kl_weight"), terms)
         return used | dict.fromkeys(_CONTEXT_OPTIONS, presses)
 
@@ -210,17 +205,24 @@ class CalibrationConfig:
         """True where readings or directions enter the run, so that model and vectors must fit each other."""
         return not self.is_plain() or self.arm in arms.STEERED
 
+    def refits(self) -> bool:
+        """True where directions follow the model: a term reads along them, the penalty or the anchor on the twins."""
+        read = self._weighs() or self.anchor_weight > 0 or self.stop_when_met
+        return read and not self.is_plain() and self.arm in arms.REFITTED
+
+    def _weighs(self) -> bool:
+        """True where the penalty weighs anything, in the arms that have one."""
+        return (self.penalty_share if self.penalty_weight is None else self.penalty_weight) > 0
+
     def measures_share(self) -> bool:
         """True where `penalty_share` sets the penalty's weight, from gradients at the first step."""
-        weighs = self.penalty_weight is None and self.penalty_share > 0
-        return weighs and not self.is_plain() and self.arm != Arm.OUTPUT_KL
+        return self.penalty_weight is None and self._weighs() and not self.is_plain() and self.arm != Arm.OUTPUT_KL
 
     def is_plain(self) -> bool:
         """True where no term would be added, so that the loss is exactly TRL's."""
-        share = self.penalty_share if self.penalty_weight is None else self.penalty_weight
         if self.arm == Arm.OUTPUT_KL:
             return not (self.kl_weight or self.same_kl_weight)
-        return self.arm in arms.PLAIN | arms.STEERED or not any([share, *self.term_weights().values()])
+        return self.arm in arms.PLAIN | arms.STEERED or not (self._weighs() or any(self.term_weights().values()))
 
 
 @dataclass
@@ -316,11 +318,8 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
         return self.reading_use == "reward" or super().is_plain()
 
 
-_CONTEXT_OPTIONS = ("penalty_weight", "penalty_warmup_steps", "contexts_per_step", "anchor_weight", "side_weight")
-_CONTEXT_OPTIONS += ("norm_weight", "concept_weight", "concept_kl_weight", "header_weight", "reply_weight")
-_CONTEXT_OPTIONS += ("tool_weight",)
-
-
+_CONTEXT_OPTIONS = ("penalty_weight", "contexts_per_step", "anchor_weight", "side_weight", "norm_weight")
+_CONTEXT_OPTIONS += ("concept_weight", "concept_kl_weight", "header_weight", "reply_weight", "tool_weight")
 _AT_LEAST_ONE = ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts")
 _AT_LEAST_ONE += ("refit_every", "refit_stories", "max_context_tokens")
 _ABOVE_ZERO = ("huber_delta", "header_weight", "reply_weight")

@@ -67,7 +67,7 @@ class Objective:
         )
         with readings.as_trained(self.accelerator, model):
             self.anchors = self._anchors(model, tokenizer, data, concepts, identity)
-        if self.args.arm in arms.REFITTED:
+        if self.args.refits():
             sources = refit.sources_of(tokenizer, self.args, data.stories, [failing for failing, _ in data.twins])
             with models.as_reference(model), readings.as_trained(self.accelerator, model):
                 self.pressure.follow(sources, lambda texts: self._mean_states(model, texts))
