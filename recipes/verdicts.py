@@ -22,12 +22,12 @@ from calibrate.stats import Interval
 from calibrate.training.arms import CONTROLS, PLAIN, Arm
 
 Runs = dict[str, tuple[readers.Figures, readers.ByTask]]  # by name
-# Trained, and nothing pressed or steered the target.
-IDLE = {*PLAIN, *CONTROLS, Arm.OUTPUT_KL} - {Arm.INFERENCE_STEERING}
+# Trained, and nothing pressed or steered the target, nor did composed replies teach its opposite.
+IDLE = {*PLAIN, *CONTROLS, Arm.OUTPUT_KL} - {Arm.INFERENCE_STEERING, Arm.CALM_DPO}
 
 
 def load(folder: Path) -> tuple[Runs, Runs]:
-    """The runs that press or steer the target, and those that do not.
+    """The runs that are to move the target, and those that are not.
 
     Raises:
         ValueError: no run has all figures of a comparison.

@@ -240,6 +240,9 @@ def test_a_run_is_judged_beside_the_controls_of_its_folder(verdicts, tmp_path):
     ]  # fmt: skip
     assert "| damage | kl.low > 0.1 | none-seed1 | 0.050 |" in lines
     assert "| complacency | failure_change.high < -0.3 | - | - |" in lines
+    # Composed replies lower the target without a penalty: no run that leaves it alone, and judged as what presses it.
+    put_row(tmp_path, "calm-dpo-seed0", "calm-dpo", fall=0.0, own=0.6)
+    assert list(verdicts.load(tmp_path)[0]) == ["calm-dpo-seed0", "hinge-refit-beta=2", "hinge-refit-seed1"]
     put_row(tmp_path, "random-seed0", "random", fall=0.0, gain=0.6)
     judged = verdicts.judge("hinge-refit-seed1", *verdicts.load(tmp_path))
     assert judged.findings[0].otherwise == ["gain_over_controls.low > 0"]
