@@ -61,7 +61,8 @@ def runs(arguments: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]
         for seed in seeds:
             options = {"arm": arm, "seed": seed} | ({"random_seed": seed} if arm == Arm.RANDOM else {})
             found.append((f"{arm}-seed{seed}", arm, options))
-        for draw in range(len(seeds), arguments.draws if arm == Arm.RANDOM else 0):
+        others = [draw for draw in range(arguments.draws) if draw not in seeds] if arm == Arm.RANDOM else []
+        for draw in others[: max(0, arguments.draws - len(seeds))]:
             found.append((f"{arm}-draw{draw}", arm, {"arm": arm, "seed": seeds[0], "random_seed": draw}))
         for variant in arguments.variants if arm in HINGED else []:
             changed = dict(part.split("=", 1) for part in variant.split(","))

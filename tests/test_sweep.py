@@ -83,6 +83,15 @@ def test_runs_are_arms_by_seeds_and_the_random_arm_has_more_draws(sweep):
     ]
 
 
+def test_further_draws_are_none_of_the_seeds(sweep):
+    arguments = SimpleNamespace(arms=["random"], seeds=[1, 2, 3], draws=5, variants=[])
+    found = [(name, options["random_seed"]) for name, _, options in sweep.module.runs(arguments)]
+    seeds = [(f"random-seed{seed}", seed) for seed in (1, 2, 3)]
+    assert found == [*seeds, ("random-draw0", 0), ("random-draw4", 4)]
+    arguments.draws = 2
+    assert len(list(sweep.module.runs(arguments))) == 3
+
+
 def test_a_run_is_trained_and_audited_with_the_options_after_the_dashes(sweep):
     sweep("--arms", "hinge-refit", "--seeds", "3", "--max-tasks", "5", "--", "--max_steps", "2")
     before, train, audit = sweep.commands
