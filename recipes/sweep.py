@@ -39,6 +39,7 @@ from calibrate.audit.record import Record, load_record
 from calibrate.training.arms import HINGED, Arm
 
 HERE = Path(__file__).parent
+FROM_YAML = ("model_name_or_path", "vectors", "concepts", "blocks")  # the audit reads them there, for all runs alike
 STEERING = -0.05  # dose of `inference-steering` at the audit: the study's, away from the target
 COLUMNS = {
     "excess": "failing contexts above the ceiling, sigma",
@@ -268,9 +269,16 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--draws is of the arm random, which --arms does not name; add it, or leave --draws out")
     if arguments.launcher and arguments.workers > 1:
         parser.error("--launcher is not used with --workers above 1, which start runs by themselves; leave one out")
+    recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) or {}
+    changed = {part.split("=")[0] for variant in arguments.variants for part in variant.split(",")} & {*FROM_YAML}
+    after = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    if wrong := sorted(changed | (after & {*FROM_YAML, "ceiling_quantile"})):
+        parser.error(f"the audit reads `{'`, `'.join(wrong)}` from the YAML; put it there, where every run has it")
+    for name in ("model_name_or_path", "vectors"):
+        if name not in recipe:
+            parser.error(f"{arguments.config} has no `{name}`; put it there")
     arguments.launcher = arguments.launcher or HERE.parent / "accelerate_configs" / "single_cpu.yaml"
     arguments.results = arguments.results or arguments.out
-    recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
     arguments.quantile, arguments.blocks = recipe.get("ceiling_quantile", 0.5), recipe.get("blocks")
     arguments.target = recipe.get("concepts", ["desperate"])[0]

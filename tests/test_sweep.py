@@ -144,6 +144,18 @@ def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
         (("none", "--variants", "penalty_share=3"), "--variants are of the arms that press, and --arms has none"),
         (("none", "--draws", "3"), "--draws is of the arm random, which --arms does not name"),
         (("none", "--workers", "2", "--launcher", "ddp.yaml"), "--launcher is not used with --workers above 1"),
+        *(
+            (("none", "--", *given), f"the audit reads `{name}` from the YAML; put it there")
+            for name in ("vectors", "concepts", "blocks", "model_name_or_path", "ceiling_quantile")
+            for given in ((f"--{name}", "x"), (f"--{name.replace('_', '-')}=x",))
+        ),
+        *(
+            (
+                ("hinge-refit", "--variants", f"beta=1,{name}=x"),
+                f"the audit reads `{name}` from the YAML; put it there",
+            )
+            for name in ("vectors", "concepts", "blocks", "model_name_or_path")
+        ),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(sweep, capsys, words, message):
@@ -151,6 +163,17 @@ def test_an_option_that_would_do_nothing_is_refused(sweep, capsys, words, messag
         sweep("--arms", *words)
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert sweep.commands == []
+
+
+@pytest.mark.parametrize("name", ["vectors", "model_name_or_path"])
+def test_a_yaml_without_what_the_audit_needs_is_refused(sweep, capsys, name):
+    recipe = yaml.safe_load(sweep.config.read_text())
+    for content in ({key: value for key, value in recipe.items() if key != name}, None):
+        sweep.config.write_text(yaml.safe_dump(content))
+        with pytest.raises(SystemExit):
+            sweep("--arms", "none")
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"{sweep.config} has no `{name if content else 'model_name_or_path'}`; put it there" in message
 
 
 def test_the_launcher_is_the_shipped_one_for_a_cpu_unless_it_is_named(sweep):
