@@ -59,7 +59,10 @@ class Anchors:
         readings.write(self.path, tensors)
 
     def terms(self, model: Any, index: int, device: torch.device) -> dict[str, Tensor]:
-        """The terms of the text whose turn it is: kinds in turn, every text of a kind once before any is repeated."""
+        """The terms of the text whose turn it is: kinds in turn, every text of a kind once before any is repeated.
+
+        `kl`, `same_kl` and `concept_kl` in nats per token, `concept` a share of the states' squared length.
+        """
         kinds = list(self.texts)
         kind, index = kinds[index % len(kinds)], index // len(kinds)
         row = index % len(self.texts[kind])

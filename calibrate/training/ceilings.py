@@ -10,7 +10,7 @@ MODES = ("reduce", "prevent", "both")
 
 
 def quantiles(reference: Reference, passing: list[int], reader: Reader, quantile: float) -> Tensor:
-    """That quantile of the reference's readings on the passing twins, [roles, layers, directions].
+    """That quantile of the reference's readings on the passing twins, sigma, [roles, layers, directions].
 
     Zero for a role that no context has.
     """
@@ -25,14 +25,15 @@ def quantiles(reference: Reference, passing: list[int], reader: Reader, quantile
 
 
 def limits(mode: str, ceilings: Tensor, margin: float, roles: Tensor, reference: Tensor) -> Tensor:
-    """The ceiling of each unit, [rows, units, layers, directions].
+    """The ceiling of each unit, sigma, [rows, units, layers, directions].
 
     `reduce`: the role's ceiling. `prevent`: the reference's reading of the same unit plus `margin`. `both`: the lower.
 
     Args:
-        ceilings: [roles, layers, directions].
+        ceilings: sigma, [roles, layers, directions].
+        margin: sigma.
         roles: [rows, units].
-        reference: the reference's readings of the units, [rows, units, layers, directions].
+        reference: the reference's readings of the units, sigma, [rows, units, layers, directions].
     """
     if mode == "prevent":
         return reference + margin
@@ -41,7 +42,7 @@ def limits(mode: str, ceilings: Tensor, margin: float, roles: Tensor, reference:
 
 
 def initial_hinge(reference: Reference, failing: list[int], reader: Reader, ceilings: Tensor, delta: float) -> float:
-    """The hinge of the reference itself in mode `reduce`, before any training."""
+    """The hinge of the reference itself in mode `reduce`, before any training, sigma^2; `delta` is in sigma."""
     return _hinge([(reader(units), units) for units in reference.stream(failing)], ceilings, delta)
 
 
@@ -54,6 +55,10 @@ def matched(
     reference: Reference, failing: list[int], reader: Reader, ceilings: Tensor, delta: float, hinge: float
 ) -> Tensor:
     """Shifts all ceilings by one constant so that the initial hinge equals `hinge` (bisection, to 1e-6 sigma).
+
+    Args:
+        delta: knee of the Huber hinge, sigma.
+        hinge: the real arm's initial hinge, sigma^2.
 
     Raises:
         ValueError: `hinge` is 0, which any high ceiling would meet.

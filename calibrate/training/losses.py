@@ -23,13 +23,14 @@ SHAPES = {
 def hinge(
     readings: Tensor, ceiling: Tensor, weights: Tensor, delta: float = 1.0, floor: Tensor | None = None
 ) -> Tensor:
-    """One-sided Huber hinge: zero with zero gradient at or below the ceiling, bounded slope far above it.
+    """One-sided Huber hinge, sigma^2: zero with zero gradient at or below the ceiling, bounded slope far above it.
 
     `huber(max(0, reading - ceiling))` with `huber(x) = x^2 / 2` up to `delta`, `delta (x - delta / 2)` beyond.
 
     Args:
-        ceiling: broadcastable to `readings`; the reading above which the hinge pays.
-        floor: broadcastable to `readings`; below it the hinge pays too, so that optimiser momentum cannot carry
+        ceiling: broadcastable to `readings`; the reading above which the hinge pays, sigma.
+        delta: sigma; so many above the ceiling its slope stops growing.
+        floor: broadcastable to `readings`, sigma; below it the hinge pays too, so that optimiser momentum cannot carry
             readings far under the ceiling. None: one-sided.
     """
     excess = (readings - ceiling).clamp(min=0)

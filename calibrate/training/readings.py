@@ -96,7 +96,7 @@ class Reader:
         self.sigmas = torch.stack(sigmas).float()  # [roles, layers, directions]
 
     def __call__(self, units: Units) -> Tensor:
-        """Readings [rows, units, layers, directions]; padding reads 0."""
+        """Readings [rows, units, layers, directions], sigma; padding reads 0."""
         projected = torch.einsum("rulh,dlh->ruld", self.centred(units), self.directions.to(units.states.device))
         return projected / self.sigmas.to(units.states.device)[units.roles] * (units.weights > 0)[..., None, None]
 
