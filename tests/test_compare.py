@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import jsonschema
+import peft
 import pytest
 import torch
 from test_cli import calibrate, contents, interrupt
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrate import corpora, report, shards, stats
 from calibrate.audit import agents, contexts, dose, own, probes, relearning, verdict
@@ -164,9 +165,28 @@ def test_a_merged_checkpoint_is_compared_with_the_model_before(texts, tiny_vecto
     words += ["--audits", tmp_path / "audits", "--out", tmp_path / "report"]
     assert status("compare", tmp_path / "base", tmp_path / "merged", *words) == 2
     before, after = (load_record(folder) for folder in sorted((tmp_path / "audits").iterdir()))
-    assert after.options["reference"] == before.options["weight_hash"] != after.options["weight_hash"]
+    assert after.options["reference"] == [before.options["weight_hash"], None]
+    assert before.options["weight_hash"] != after.options["weight_hash"]
     assert (after.neutral.kl > 0).all()
     assert before.neutral.kl is None
+
+
+def test_a_divergence_from_an_adapter_is_not_taken_for_that_from_its_base(
+    texts, tiny_vectors, tiny_folder, adapter, tmp_path
+):
+    """What was merged after a first adapter, against that adapter and then against the base, among the same audits."""
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), adapter)
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "merged")
+    words = ["--vectors", tiny_vectors, *texts["audit"], "--max-concepts", 2, "--audits", tmp_path / "audits"]
+    found = []
+    for before in (adapter, tiny_folder):
+        out = tmp_path / before.name
+        assert status("compare", before, tmp_path / "merged", *words, "--out", out) == 2
+        data = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        found.append(data["change"]["figures"]["kl"]["estimate"])
+    assert found[0] == pytest.approx(0, abs=1e-4)
+    assert found[1] > 0.001
 
 
 def test_a_full_comparison_crosses_the_models_and_trains_them_on(

@@ -106,10 +106,11 @@ def test_a_conversation_that_was_cut_counts_in_neither_audit(planted):
 
 def test_kl_is_kept_only_where_it_is_against_before(planted):
     base, adapter = {"weight_hash": "a"}, {"weight_hash": "a", "adapter": "x"}
-    merged = {"weight_hash": "b", "reference": "a"}
+    merged, further = {"weight_hash": "b", "reference": ["a", None]}, {"weight_hash": "b", "reference": ["a", "x"]}
     for before, after, kept in (
         (base, adapter, True), (base, merged, True), ({"weight_hash": "c"}, merged, False), (adapter, adapter, False),
-        (base, {"weight_hash": "b"}, False),
+        (base, {"weight_hash": "b"}, False), (adapter, further, True), (base, further, False),
+        (adapter, merged, False), ({"weight_hash": "a", "adapter": "y"}, further, False),
     ):  # fmt: skip
         records = make_record(planted, options=before), make_record(planted, options=after, kl=0.2)
         assert (readers.compare(*records).figures["kl"] is not None) is kept

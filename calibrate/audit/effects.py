@@ -183,8 +183,9 @@ def _carried(other: np.ndarray, held: np.ndarray, own: np.ndarray, contrast: np.
 
 def refers(before: Record, after: Record) -> bool:
     """Whether the model that AFTER was read beside (its adapter off, or its `--reference`) is BEFORE."""
-    beside = after.options.get("weight_hash") if after.options.get("adapter") else after.options.get("reference")
-    return before.options.get("adapter") is None and beside == before.options.get("weight_hash")
+    is_adapter = after.options.get("adapter") is not None
+    beside = [after.options.get("weight_hash"), None] if is_adapter else after.options.get("reference")
+    return beside == [before.options.get("weight_hash"), before.options.get("adapter")]
 
 
 def crossed(before: Record, after: Record) -> dict[str, Interval]:

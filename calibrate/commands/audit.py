@@ -134,7 +134,8 @@ def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -
     if arguments.lm_eval:
         content = {name: Path(name).read_text(encoding="utf-8") for name in arguments.lm_eval if Path(name).is_file()}
         options |= {"lm_eval": arguments.lm_eval, "max_rows": arguments.max_rows, "lm_eval_files": digest(content)}
-    return options | ({"reference": reference.weight_hash} if reference else {})
+    # An adapter leaves its base's hash as it is: without its own the base would pass for it.
+    return options | ({"reference": [reference.weight_hash, reference.adapter_hash]} if reference else {})
 
 
 def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
