@@ -325,6 +325,12 @@ def test_wrong_options_end_with_the_status_of_an_error(capsys):
         (["compare", "a", "b", "--out", "c", "--arms", "none"], "'none' is not NAME=MODEL, such as none=runs/none"),
         (["audit", "a", "--steer", "calm"], "'calm' is not CONCEPT=DOSE, such as calm=0.05"),
         (["audit", "a", "--split", "train"], "invalid choice: 'train'"),
+        (["audit", "a", "--max-tasks", "0"], "--max-tasks: '0' is not a whole number of 1 or more; leave it out"),
+        (["audit", "a", "--max-pairs-per-task", "0"], "--max-pairs-per-task: '0' is not a whole number of 1 or more"),
+        (["audit", "a", "--max-concepts", "0"], "--max-concepts: '0' is not a whole number of 1 or more"),
+        (["compare", "a", "b", "--max-new-tokens", "0"], "--max-new-tokens: '0' is not a whole number of 1 or more"),
+        (["audit", "a", "--max-rows", "1"], "--max-rows: '1' is not a whole number of 2 or more; leave it out"),
+        (["audit", "a", "--max-rows=-3"], "--max-rows: '-3' is not a whole number of 2 or more"),
     ):
         with pytest.raises(SystemExit) as stopped:
             calibrate(*arguments)

@@ -126,6 +126,15 @@ def test_states_that_are_no_numbers_are_not_kept(planted, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_too_few_texts_are_not_called_a_matter_of_precision(planted, tmp_path):
+    """One neutral text has no interval; all its figures are finite."""
+    record = make_record(planted)
+    kept = [id_ for id_ in record.profile.ids if not id_.endswith("/neutral")] + ["north/neutral"]
+    profile = record.profile.only({*kept})
+    with pytest.raises(ValueError, match=r"^a bootstrap needs .* at least 2"):
+        record._replace(contexts=record.contexts._replace(profile=profile)).save(tmp_path / "audit")
+
+
 @pytest.mark.parametrize(
     ("what", "fields", "edit"),
     [

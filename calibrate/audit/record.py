@@ -59,8 +59,9 @@ class Record(NamedTuple):
                     f"{self.model}: {', '.join(broken)} hold values that are not finite, though its weights are; its "
                     "precision is too small for its states: load it in float32"
                 )
+            plain = self._content()
             try:
-                content = json.dumps(self._content(), indent=1, allow_nan=False)
+                content = json.dumps(plain, indent=1, allow_nan=False)
             except ValueError as error:
                 raise ValueError(
                     f"{self.model}: a figure is not finite ({error}); its precision is too small for its states or "
