@@ -134,7 +134,9 @@ def _arm(text: str) -> tuple[str, str]:
 def _count(text: str, least: int = 1) -> int:
     """Not 0, which would read as if the option were not given."""
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more; leave it out for the default")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of {least} or more; leave it out for the default"
+        )
     return int(text)
 
 
@@ -155,15 +157,21 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
         "--split", choices=("audit", "selection"), default="audit",
         help="selection: to choose settings by, so that the audit's tasks stay unseen (default: audit)",
     )  # fmt: skip
-    auditing.add_argument("--max-tasks", type=_count, help="audit so many evenly spaced tasks (default: 14, full: all)")
+    auditing.add_argument(
+        "--max-tasks", type=_count, help="audit so many evenly spaced tasks (default: 14, full: all)"
+    )
     auditing.add_argument("--pressed", action="store_true", help="read the longer conversations of each task too")
     auditing.add_argument("--max-pairs-per-task", type=_count, help="the first so many pairs of a task (default: 1)")
     auditing.add_argument(
-        "--max-rows", type=partial(_count, least=2), help="at most so many situations, passages, dialogues of each kind"
+        "--max-rows",
+        type=partial(_count, least=2),
+        help="at most so many situations, passages, dialogues of each kind",
     )
     auditing.add_argument("--concepts", nargs="+", help="re-extract from all stories about these alone")
     auditing.add_argument("--max-concepts", type=_count, help="re-extract against one story each of so many concepts")
-    auditing.add_argument("--max-new-tokens", type=_count, help="`--full`: of one answer to a coding task (default: 400)")
+    auditing.add_argument(
+        "--max-new-tokens", type=_count, help="`--full`: of one answer to a coding task (default: 400)"
+    )
     auditing.add_argument(
         "--lm-eval", nargs="+", metavar="TASK", help="also run these tasks of lm-eval, by name or as a YAML file"
     )

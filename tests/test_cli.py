@@ -132,6 +132,11 @@ ERRORS = [
     ("audit {tiny} --max-tasks 1", "1 tasks of the audit split; an audit needs at least 2"),
     ("audit {tiny} --pairs {tmp}/lone.jsonl", "1 tasks with pairs of the audit split"),
     ("audit {tiny} --neutral {tmp}/quiet.jsonl", "1 neutral dialogues of the audit split"),
+    ("audit {tiny} --neutral {tmp}/untrained.jsonl", '^error: 0 neutral dialogues with `"split": "train"`; the own'),
+    ("audit {tiny} --neutral {tmp}/spoken_twice.jsonl", "spoken_twice.jsonl: two rows have the id '.*'; give every"),
+    ("audit {tiny} --twins {tmp}/one_id.jsonl", "one_id.jsonl: two rows have the id 'task 0'; give every row an id"),
+    ("audit {tiny} --pairs {tmp}/pair_twice.jsonl", "pair_twice.jsonl: two rows have the id '.*'; give every row an"),
+    ("audit {tiny} --chats {tmp}/chat_twice.jsonl", "chat_twice.jsonl: two rows have the id '1'; give every row an"),
     ("audit {tiny} --reference {other}", "`--reference .*other` has another architecture than .*; give the model"),
     ("audit {broken}", r"broken: the tensor 'model.layers.1.mlp.up_proj.weight' holds values that are not finite; .*"),
     ("audit {broken_adapter}", "the tensor '.*layers.0.self_attn.q_proj.lora_B.default.weight' holds values that are"),
@@ -182,6 +187,8 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     story = corpora.load_stories()[0]._asdict()
     no_topic = {key: value for key, value in story.items() if key != "topic"}
     dialogue = corpora.load_neutral()[0]._asdict() | {"split": "train"}
+    contexts = [context._asdict() for twin in corpora.load_twins()[:4] for context in twin]
+    spoken = [row._asdict() for row in corpora.load_neutral() if row.split == "audit"]
     pairs = [pair._asdict() for pair in corpora.load_pairs() if pair.split == "audit"]
     for name, rows in {
         "text": [story, "{'id': 1}"],
@@ -191,7 +198,12 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
         "late": [story, story | {"split": "selection"}, story | {"concept": "calm", "split": "selection"}],
         "felt": [row._asdict() for row in corpora.load_deflection() if row.felt == "sad"],
         "lone": [pair for pair in pairs if pair["task"] == pairs[0]["task"]],
-        "quiet": [dialogue, dialogue | {"split": "audit"}],
+        "untrained": spoken,
+        "spoken_twice": [dialogue, *spoken, dialogue],
+        "one_id": [row | {"id": f"task {i // 2}"} for i, row in enumerate(contexts)],
+        "pair_twice": [pairs[0], *pairs],
+        "chat_twice": [{"id": "1", "text": "Hello."}, {"id": 1, "text": "Good evening."}],
+        "quiet": [dialogue, spoken[-1]],
         "uneven": [story | {"concept": c, "topic": t, "split": "audit"} for c, t in UNEVEN],
         "long": [{"id": "endless", "text": "and so on " * 2000}],
         "empty": [],

@@ -142,19 +142,23 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
     """Everything that is read, of one split, evenly thinned."""
     from calibrate import corpora
     from calibrate.corpora import situations as kinds
-    from calibrate.reading import read_records
 
     split, most = arguments.split, arguments.max_rows
-    twins = [twin for twin in corpora.load_twins(arguments.twins) if twin[0].split == split]
+    every, told = corpora.load_twins(arguments.twins), corpora.load_pairs(arguments.pairs)
+    spoken, records = corpora.load_neutral(arguments.neutral), _chats(arguments)
+    _check_ids(arguments.twins, [context for twin in every for context in twin])
+    for path, rows in ((arguments.pairs, told), (arguments.neutral, spoken), (arguments.chats, records)):
+        _check_ids(path, rows)
+    twins = [twin for twin in every if twin[0].split == split]
     if not arguments.full and arguments.twins is None:
         twins = [twin for twin in twins if twin[0].context == "plain" or arguments.pressed]
     twins = corpora.of_tasks(twins, arguments.max_tasks or (None if arguments.full else QUICK_TASKS))
     tasks = [failing.task for failing, _ in twins]
     held = {(failing.task, failing.context) for failing, _ in twins}
-    pairs = [p for p in corpora.load_pairs(arguments.pairs) if (p.task, p.context) in held and p.kind == "honest"]
+    pairs = [p for p in told if (p.task, p.context) in held and p.kind == "honest"]
     each = arguments.max_pairs_per_task or (10**9 if arguments.full else 1)
     pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < each]
-    dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == split]
+    dialogues, training = ([row for row in spoken if row.split == wanted] for wanted in (split, "train"))
     elsewhere = corpora.of_tasks(
         [t for t in twins if t[0].context == "plain"] or twins, None if arguments.full else QUICK_ELSEWHERE
     )
@@ -167,10 +171,12 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
             raise ValueError(
                 f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
             )
+    if len(training) < 2:
+        raise ValueError(
+            f'{len(training)} neutral dialogues with `"split": "train"`; the own directions need at least 2, whose '
+            "components are projected out"
+        )
     stories = _stories(arguments)
-    records = list(read_records(arguments.chats)) if arguments.chats else []
-    if arguments.chats and not records:
-        raise ValueError(f"{arguments.chats}: no chats; give JSONL of {{id, messages}} or {{id, text}}")
     chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in records]
     scenarios = corpora.spread(kinds.load(kinds.Scenario), most)
     answered = corpora.spread(scenarios, None if arguments.full else QUICK_ANSWERED)
@@ -179,10 +185,7 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "elsewhere": elsewhere,
         "pairs": pairs,
         "dialogues": corpora.spread(dialogues, most),
-        "neutral": corpora.spread(
-            [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"],
-            most or (None if arguments.full else QUICK_NEUTRAL),
-        ),
+        "neutral": corpora.spread(training, most or (None if arguments.full else QUICK_NEUTRAL)),
         "stories": stories,
         "deflection": [row for row in corpora.load_deflection() if row.split == "audit"] if arguments.full else [],
         "scenarios": scenarios,
@@ -196,6 +199,25 @@ def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
         "questions": kinds.load(kinds.FailureQuestion),
         "traced": _traced([] if arguments.twins else twins, split),
     }
+
+
+def _chats(arguments: argparse.Namespace) -> list:
+    """The records of `--chats`."""
+    from calibrate.reading import read_records
+
+    records = list(read_records(arguments.chats)) if arguments.chats else []
+    if arguments.chats and not records:
+        raise ValueError(f"{arguments.chats}: no chats; give JSONL of {{id, messages}} or {{id, text}}")
+    return records
+
+
+def _check_ids(path: Path | None, rows: list) -> None:
+    """Raises ValueError where two rows have one id: the readings of one would stand for those of the other."""
+    seen = set()
+    for id_ in (str(row.id) for row in rows):
+        if id_ in seen:
+            raise ValueError(f"{path}: two rows have the id {id_!r}; give every row an id of its own")
+        seen.add(id_)
 
 
 def _traced(twins: list, split: str) -> list[tuple[str, list[dict[str, str]], str]]:
