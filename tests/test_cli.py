@@ -250,8 +250,12 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = str(folder / "strange_base")
     (folder / "strange" / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    shutil.copytree(tiny_folder, folder / "retold")
+    template = folder / "retold" / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("im_start", "im_begin"), encoding="utf-8")
     names = (
         "partial",
+        "retold",
         "strange",
         "misfit",
         "bare",
@@ -291,6 +295,12 @@ def test_user_errors_end_in_one_line_and_leave_nothing(command, words, run, text
         ),
         ("compare {tiny} {tmp}/older", "schema 1, this version reads"),
         ("compare {tiny} {other}", "other' has another architecture"),
+        ("compare {tiny} {broken}", "'model.layers.1.mlp.up_proj.weight' holds values that are not finite"),
+        ("compare {tiny} {tiny} --arms none={broken_adapter}", "lora_B.default.weight' holds values that are not fin"),
+        ("compare {tiny} {adapter} --seeds {strange}", "strange' is an adapter of a base with other weights .* than"),
+        ("compare {before} {adapter} --max-rows 5", "before' differ in corpora; give the options of the one that is"),
+        ("compare {tiny} {before} --target calm", "before' and .* differ in target, own_stories; give the options"),
+        ("compare {tiny} {retold}", "differ in chat_template; .*; one template with `--chat-template`"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_read(command, words, run, texts, places, tmp_path, monkeypatch):

@@ -2,9 +2,8 @@
 
 import argparse
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calibrate.commands import check_finite, digest, full, identity, is_done, load
 
@@ -23,7 +22,7 @@ def audit(arguments: argparse.Namespace) -> None:
     if arguments.steer and (arguments.full or arguments.lm_eval):
         raise ValueError("`--steer` steers what a quick audit reads; leave out `--full` and `--lm-eval`, or `--steer`")
     arguments.out = arguments.out or Path("runs") / f"audit-{Path(arguments.model).name}"
-    record = run(arguments, lambda options: arguments.out)
+    record = run(arguments, arguments.out)
     if record is None and (arguments.out / "profile.html").is_file():
         return print(f"{arguments.out} already holds this audit; nothing to do")
     _profile(arguments, record)
@@ -48,13 +47,18 @@ def _profile(arguments: argparse.Namespace, record) -> None:
     print(f"Profile: {arguments.out / 'profile.html'}")
 
 
-def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
-    """Audits the checkpoint that `arguments` names into the folder that `place` gives for the audit's options.
+class Ready(NamedTuple):
+    """What an audit starts from, once all is checked that can be before texts are read."""
 
-    Returns:
-        the record, or None where the folder holds this very audit already. What a stopped audit had read of stories,
-        rollouts, preferences and doses is kept beside it in `FOLDER.partial-DIGEST` and used again.
-    """
+    checkpoint: Any
+    vectors: Any
+    texts: dict[str, Any]
+    reference: Any  # a checkpoint, or None
+    options: dict[str, Any]
+
+
+def prepare(arguments: argparse.Namespace) -> Ready:
+    """Loads the checkpoint that `arguments` names and what it is read with, and refuses what cannot be audited."""
     from calibrate import models
     from calibrate.audit import situations
     from calibrate.vectors import load_vectors
@@ -75,12 +79,6 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
     situations.encode(checkpoint, situations.texts([], [], [], [], texts["chats"]), arguments.truncate)  # too long?
     check_finite(checkpoint)
-    base = getattr(arguments, "base", None)  # of a comparison, whose BEFORE is audited
-    if base and checkpoint.adapter_hash and checkpoint.weight_hash != base:
-        raise ValueError(
-            f"{checkpoint.name!r} is an adapter of a base with other weights ({checkpoint.weight_hash}) than BEFORE "
-            f"({base}); give the adapter's own base, or merge the adapter first"
-        )
     if arguments.full:
         full.check_sandbox()
     reference = None
@@ -91,6 +89,7 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
             arguments.reference, revision=arguments.reference_revision, chat_template=arguments.chat_template,
             trust_remote_code=arguments.trust_remote_code, block_list=arguments.blocks,
         )  # fmt: skip
+        check_finite(reference)
         if (wanted := models.text_config(reference.model)) and (
             (wanted.hidden_size, wanted.num_hidden_layers) != (config.hidden_size, config.num_hidden_layers)
         ):
@@ -99,14 +98,36 @@ def run(arguments: argparse.Namespace, place: Callable[[dict], Path]):
                 "model that it was trained from"
             )
     options = _options(arguments, checkpoint, vectors, texts, reference)
-    out = place(options)
-    if is_done(out, options):
+    return Ready(checkpoint, vectors, texts, reference, options)
+
+
+def run(arguments: argparse.Namespace, out: Path):
+    """Audits the checkpoint that `arguments` names into the folder `out`.
+
+    Returns:
+        the record, or None where the folder holds this very audit already. What a stopped audit had read of stories,
+        rollouts, preferences and doses is kept beside it in `FOLDER.partial-DIGEST` and used again.
+    """
+    ready = prepare(arguments)
+    if is_kept(out, ready.options):
         return None
-    partial = out.with_name(f"{out.name}.partial-{digest(options)}")
-    record = _read(arguments, checkpoint, vectors, texts, reference, options, partial)
+    partial = _partial(out, ready.options)
+    record = _read(arguments, *ready, partial)
     record.save(out)
     shutil.rmtree(partial)
     return record
+
+
+def is_kept(out: Path, options: dict[str, Any]) -> bool:
+    """Whether the folder holds this very audit; what one that was stopped when it was saved left beside it goes."""
+    if not is_done(out, options):
+        return False
+    shutil.rmtree(_partial(out, options), ignore_errors=True)
+    return True
+
+
+def _partial(out: Path, options: dict[str, Any]) -> Path:
+    return out.with_name(f"{out.name}.partial-{digest(options)}")
 
 
 def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -> dict[str, Any]:

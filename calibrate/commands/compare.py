@@ -8,6 +8,8 @@ from calibrate.commands import audit, digest
 from calibrate.concepts import TARGET
 
 NOT_CALIBRATED = 2  # exit status of any other verdict; 1 is an error
+# Of the options of two audits, what must agree; the checkpoint's own are left out.
+SHARED = ("target", "vectors", "split", "own_stories", "corpora", "chat_template", "played", "max_new_tokens")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -28,19 +30,14 @@ def compare(arguments: argparse.Namespace) -> None:
     models = (arguments.before, *runs, *(model for _, model in arguments.arms))
     _check_unused(models, arguments)
     _check_shapes(models, arguments)
-    arguments.reference, arguments.reference_revision, arguments.base = None, arguments.revision, None
-    before = load_record(_audited(arguments.before, arguments))
-    arguments.reference = before.model
-    if before.options.get("adapter") is None:  # of an adapter before, what came after may be its merged model's
-        arguments.base = before.options.get("weight_hash")
-    controls = {
-        name: readers.compare(before, load_record(_audited(model, arguments))) for name, model in arguments.arms
-    }
+    plan = _plan(models, arguments)
+    before = load_record(_audited(*plan[arguments.before]))
+    controls = {name: readers.compare(before, load_record(_audited(*plan[model]))) for name, model in arguments.arms}
     beside = {name: control.by_task for name, control in controls.items()}
     reason = None if before.vectors.band else before.vectors.band_reason
     judged = {}
     for name in runs:
-        after = before if name == arguments.before else load_record(_audited(name, arguments))
+        after = before if name == arguments.before else load_record(_audited(*plan[name]))
         change = readers.compare(before, after)
         change = change._replace(figures=change.figures | readers.beside_controls(change.by_task, beside))
         judged[name] = verdict.judge(change.figures, reason), after, change
@@ -61,7 +58,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def _check_unused(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     """Raises ValueError where options of an audit are given, and all that is compared is audited."""
-    if not all((Path(name) / "audit.json").is_file() for name in names):
+    if not all(_is_audit(name) for name in names):
         return
     usual = {"target": TARGET, "vectors": "default", "split": "audit", "audits": Path("runs/audits")}
     own = ("verb", "verbose", "before", "after", "arms", "seeds", "out")
@@ -95,7 +92,7 @@ def _check(name: str, arguments: argparse.Namespace) -> tuple[str, int, int]:
     from calibrate import models
     from calibrate.audit.record import load_record
 
-    if (Path(name) / "audit.json").is_file():
+    if _is_audit(name):
         record = load_record(Path(name))
         return record.options["architecture"], record.vectors.hidden_size, record.vectors.depth
     try:
@@ -109,15 +106,50 @@ def _check(name: str, arguments: argparse.Namespace) -> tuple[str, int, int]:
         ) from error
 
 
-def _audited(name: str, arguments: argparse.Namespace) -> Path:
-    """The folder of an audit: `name` itself, or that of the model it names, audited now unless it has been."""
-    if (Path(name) / "audit.json").is_file():
-        return Path(name)
-    found = []
+def _plan(names: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, tuple[Path, argparse.Namespace, dict]]:
+    """By name the folder of its audit, there or not yet, what it is audited with, and the audit's options.
 
-    def place(options: dict) -> Path:
-        found.append(arguments.audits / f"{Path(name).name}-{digest(options)}")
-        return found[0]
+    Every model is loaded once and let go, so that what no audit is needed for is not found out after hours of them.
 
-    audit.run(argparse.Namespace(**vars(arguments) | {"model": name}), place)
-    return found[0]
+    Raises:
+        ValueError: a checkpoint is damaged, an adapter is not of BEFORE's base, or the audits of two would not be on
+            the same texts.
+    """
+    from calibrate.audit.record import load_record
+
+    arguments.reference, arguments.reference_revision = None, arguments.revision
+    plan: dict[str, tuple[Path, argparse.Namespace, dict]] = {}
+    for name in dict.fromkeys(names):  # BEFORE comes first
+        folder, given = Path(name), argparse.Namespace(**vars(arguments) | {"model": name})
+        if _is_audit(name):
+            options = load_record(folder).options
+        else:
+            options = audit.prepare(given).options
+            folder = arguments.audits / f"{folder.name}-{digest(options)}"
+        plan[name] = folder, given, options
+        _, _, first = plan[names[0]]
+        arguments.reference = first["model"]
+        if first["adapter"] is None and options["adapter"] and options["weight_hash"] != first["weight_hash"]:
+            raise ValueError(
+                f"{name!r} is an adapter of a base with other weights ({options['weight_hash']}) than BEFORE "
+                f"({first['weight_hash']}); give the adapter's own base, or merge the adapter first"
+            )
+        differing = [key for key in SHARED if options.get(key) != first.get(key)]
+        # Two audits that are there are compared at once, by what they hold.
+        if differing and not (_is_audit(name) and _is_audit(names[0])):
+            raise ValueError(
+                f"the audits of {name!r} and {names[0]!r} differ in {', '.join(differing)}; give the options of the one "
+                "that is there, or models in place of audits; one template with `--chat-template`"
+            )
+    return plan
+
+
+def _is_audit(name: str) -> bool:
+    return (Path(name) / "audit.json").is_file()
+
+
+def _audited(folder: Path, given: argparse.Namespace, options: dict) -> Path:
+    """The folder of an audit, made now unless it has been."""
+    if folder != Path(given.model) and not audit.is_kept(folder, options):
+        audit.run(given, folder)
+    return folder
