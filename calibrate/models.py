@@ -86,11 +86,11 @@ def _check_adapter(model: Any, folder: str, name: str, source: str) -> None:
         )
 
 
-def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
+def load_tokenizer(name: str, chat_template: Path | None = None, **options) -> Any:
     """The tokenizer alone of what `load` takes; OSError where its files are not to be had."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(_resolve(name)[0])
+    tokenizer: Any = AutoTokenizer.from_pretrained(_resolve(name)[0], **options)
     _set_template(tokenizer, name, chat_template)
     return tokenizer
 

@@ -1,7 +1,6 @@
 """`calibrate export card`: the section of a comparison, of an audit, and of nothing else."""
 
 import html
-import json
 
 import pytest
 from records import BASELINE, make_record
@@ -9,6 +8,7 @@ from test_cli import calibrate, error
 from test_report import FULL, SCRIPT, VERDICT, write
 
 from calibrate.audit import probes
+from calibrate.report import profile_card
 
 
 def test_the_card_of_a_comparison_is_the_one_that_it_wrote(planted, tmp_path, monkeypatch):
@@ -35,7 +35,7 @@ def test_the_card_of_an_audit_has_its_readings_and_what_the_model_did(planted, t
     calibrate("export", "card", tmp_path / "audit", "--out", tmp_path / "card.md")
     card = (tmp_path / "card.md").read_text(encoding="utf-8")
     assert "<" not in card
-    assert card.startswith(f"## Emotional profile\n\n`tuned {html.escape(SCRIPT, quote=False)}`, 8 audit tasks")
+    assert card.startswith(f"## Emotional profile\n\ntuned {html.escape(SCRIPT, quote=False)}, 8 audit tasks that ")
     assert "\n| failing, header | 5.50 | " in card
     assert "\n| passing, header | 3.50 | " in card
     assert "highest desperate +2.00, calm +0.00; lowest calm +0.00, desperate +2.00 (sigma)" in card
@@ -57,10 +57,47 @@ def test_the_card_of_an_audit_has_its_readings_and_what_the_model_did(planted, t
             None,
             "neither report.json nor audit.json there; give the folder that `calibrate compare` or `calibrate audit`",
         ),
-        ({"schema": 2}, "report.json: schema 2, this version reads 5; run `calibrate compare` again"),
+        (
+            "",
+            "report.json: not JSON (Expecting value: line 1 column 1 (char 0)); the file is damaged: make the result",
+        ),
+        ("[]", "report.json: not a JSON object; the file is damaged"),
+        ('{"schema": 2}', "report.json: schema 2, this version reads 5; run `calibrate compare` again"),
     ],
 )
 def test_what_has_no_card_is_refused(tmp_path, content, message):
-    if content:
-        (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    if content is not None:
+        (tmp_path / "report.json").write_text(content, encoding="utf-8")
     assert message in error("export", "card", tmp_path, "--out", tmp_path / "card.md")
+
+
+def test_a_damaged_audit_is_named(planted, tmp_path):
+    make_record(planted).save(tmp_path / "audit")
+    (tmp_path / "audit" / "audit.json").write_text('{"schema": 4,', encoding="utf-8")
+    line = error("export", "card", tmp_path / "audit", "--out", tmp_path / "card.md")
+    assert "audit.json: not JSON (Expecting property name" in line
+    assert line.endswith("the file is damaged: audit the checkpoint again")
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "told"),
+    [
+        ({}, {}, "8 audit tasks that training never saw ("),
+        ({"split": "selection"}, {}, "8 selection tasks, by which settings may be chosen ("),
+        ({}, {"twins": "mine.jsonl"}, "8 tasks of your own (split audit) ("),
+        ({"split": "selection"}, {"twins": "mine.jsonl"}, "8 tasks of your own (split selection) ("),
+    ],
+)
+def test_a_page_says_whose_tasks_it_is_on(planted, tmp_path, monkeypatch, options, asked, told):
+    monkeypatch.setattr(probes, "STEPS", 1)
+    planted.set_band([2], "by hand")
+    record = make_record(planted, BASELINE, options=options, more={"asked": asked})
+    write(tmp_path, [record] * 3, VERDICT)
+    for text in ((tmp_path / "report.html").read_text(), (tmp_path / "card.md").read_text(), profile_card(record)):
+        assert told in text
+        assert ("tasks that training never saw" in text) is ("never saw" in told)
+
+
+def test_signs_of_markdown_in_a_value_show_as_they_are(planted):
+    record = make_record(planted, BASELINE, model="[x](http://e) *b* __c__ ~~d~~ e\\f")
+    assert r"[x]\(http://e) \*b\* \_\_c\_\_ \~\~d\~\~ e\\f, 8 audit" in profile_card(record)

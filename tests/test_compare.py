@@ -71,6 +71,7 @@ def test_models_are_audited_on_the_way_each_once(compared, tiny_folder, adapter)
     assert (before.model, after.model) == (str(tiny_folder), str(adapter))
     assert (before.neutral.kl, (after.neutral.kl > 0).all()) == (None, True)
     assert before.options["adapter"] is None
+    assert not {"base", "reference", "reference_revision"} & {*before.more["asked"], *after.more["asked"]}
     assert {before.profile.tasks[row] for row in before.profile.rows("failing")} == set(before.contexts.pair_tasks)
     assert {*before.own.directions} == {*after.own.directions} == {"stories", "logistic", "domain"}
     assert not before.own.directions["stories"].equal(after.own.directions["stories"])
@@ -149,6 +150,22 @@ def test_without_a_band_the_verdict_is_that_of_the_search(texts, tiny_vectors, t
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith("Verdict: premise not met. ")
     assert line.endswith(" (no layer qualifies)")
+
+
+def test_vectors_without_a_search_for_a_band_are_judged_by_the_contrast(compared, tmp_path, monkeypatch):
+    """Of adopted directions: an empty reason is no finding, and the page says that none was made."""
+    folders = []
+    for folder in audits(compared):
+        folders.append(shutil.copytree(folder, tmp_path / folder.name))
+        vectors = load_vectors(str(folder / "vectors"))
+        vectors.set_band(None, "")
+        shutil.rmtree(folders[-1] / "vectors")
+        vectors.save(folders[-1] / "vectors")
+    judge, reasons = verdict.judge, []
+    monkeypatch.setattr(verdict, "judge", lambda *given: reasons.append(given[1]) or judge(*given))
+    status("compare", *folders, "--out", tmp_path / "report")
+    assert reasons == [None]
+    assert "(fallback; no search was made)" in (tmp_path / "report/report.html").read_text(encoding="utf-8")
 
 
 def test_a_merged_checkpoint_is_compared_with_the_model_before(texts, tiny_vectors, tiny_folder, tmp_path):

@@ -57,7 +57,7 @@ class Record(NamedTuple):
             if broken := [name for name in tables if not tensors[name].isfinite().all()]:
                 raise ValueError(
                     f"{self.model}: {', '.join(broken)} hold values that are not finite, though its weights are; its "
-                    "precision is too small for its states: load it in float32"
+                    "precision is too small for its states: save it in float32 and audit that"
                 )
             plain = self._content()
             try:
@@ -65,7 +65,7 @@ class Record(NamedTuple):
             except ValueError as error:
                 raise ValueError(
                     f"{self.model}: a figure is not finite ({error}); its precision is too small for its states or "
-                    "likelihoods: load it in float32"
+                    "likelihoods: audit it saved in float32"
                 ) from error
             save_file({name: rows.contiguous() for name, rows in tensors.items()}, whole / "states.safetensors")
             (whole / "audit.json").write_text(content, encoding="utf-8")
@@ -131,7 +131,10 @@ def load_record(folder: Path) -> Record:
     path = folder / "audit.json"
     if not path.is_file():
         raise ValueError(f"audit {str(folder)!r}: no audit.json there; give the folder that `calibrate audit` wrote")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); the file is damaged: audit the checkpoint again") from error
     if content.get("schema") != SCHEMA:
         raise ValueError(
             f"{path}: schema {content.get('schema')}, this version reads {SCHEMA}; audit the checkpoint again"

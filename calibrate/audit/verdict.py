@@ -102,7 +102,7 @@ def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
     if broken := [name for name, interval in figures.items() if interval and not np.isfinite(interval).all()]:
         raise ValueError(
             f"not finite: {', '.join(broken)}; a checkpoint gives states or likelihoods that are no numbers (perhaps "
-            "too large for its precision); audit it in float32, or train it again"
+            "too large for its precision); audit it saved in float32, or train it again"
         )
     findings, not_tested = [], {}
     for outcome in load_rule():

@@ -48,6 +48,21 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def read_json(path: Path) -> dict:
+    """What a result's file holds.
+
+    Raises:
+        ValueError: it is empty or cut off, or no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); the file is damaged: make the result again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object; the file is damaged: make the result again")
+    return found
+
+
 def is_done(folder: Path, options: dict) -> bool:
     """True where the folder holds this very result.
 
@@ -56,7 +71,7 @@ def is_done(folder: Path, options: dict) -> bool:
     """
     for name, key in (("audit.json", "options"), ("config.json", "recipe")):
         if (folder / name).is_file():
-            kept = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
+            kept = read_json(folder / name).get(key)
             if kept == json.loads(json.dumps(options)):
                 return True
             differing = sorted(k for k in {*(kept or {}), *options} if (kept or {}).get(k) != options.get(k))

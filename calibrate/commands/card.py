@@ -1,8 +1,9 @@
 """`calibrate export card`: the model card section of an audit or of a comparison."""
 
 import argparse
-import json
 import os
+
+from calibrate.commands import read_json
 
 
 def card(arguments: argparse.Namespace) -> None:
@@ -14,7 +15,7 @@ def card(arguments: argparse.Namespace) -> None:
     if out.exists():
         raise ValueError(f"{out} exists; choose another `--out` or delete it")
     if (folder / "report.json").is_file():
-        data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        data = read_json(folder / "report.json")
         if data.get("schema") != report.SCHEMA:
             raise ValueError(
                 f"{folder / 'report.json'}: schema {data.get('schema')}, this version reads {report.SCHEMA}; run "

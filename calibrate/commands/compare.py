@@ -34,7 +34,8 @@ def compare(arguments: argparse.Namespace) -> None:
     before = load_record(_audited(*plan[arguments.before]))
     controls = {name: readers.compare(before, load_record(_audited(*plan[model]))) for name, model in arguments.arms}
     beside = {name: control.by_task for name, control in controls.items()}
-    reason = None if before.vectors.band else before.vectors.band_reason
+    # Adopted vectors have no band and no reason either: no search was made, whose result could be a verdict.
+    reason = None if before.vectors.band else before.vectors.band_reason or None
     judged = {}
     for name in runs:
         after = before if name == arguments.before else load_record(_audited(*plan[name]))
@@ -96,8 +97,9 @@ def _check(name: str, arguments: argparse.Namespace) -> tuple[str, int, int]:
         record = load_record(Path(name))
         return record.options["architecture"], record.vectors.hidden_size, record.vectors.depth
     try:
-        models.load_tokenizer(name, arguments.chat_template)
-        return models.load_shape(name, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code)
+        options = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+        models.load_tokenizer(name, arguments.chat_template, **options)
+        return models.load_shape(name, **options)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -138,8 +140,8 @@ def _plan(names: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, tu
         # Two audits that are there are compared at once, by what they hold.
         if differing and not (_is_audit(name) and _is_audit(names[0])):
             raise ValueError(
-                f"the audits of {name!r} and {names[0]!r} differ in {', '.join(differing)}; give the options of the one "
-                "that is there, or models in place of audits; one template with `--chat-template`"
+                f"the audits of {name!r} and {names[0]!r} differ in {', '.join(differing)}; give the options of the "
+                "one that is there, or models in place of audits; one template with `--chat-template`"
             )
     return plan
 

@@ -79,6 +79,7 @@ def write(
     page = environment().get_template("report.html.jinja").render(
         data=data,
         names=FIGURES,
+        tasks=tasks_read(before.options, data["asked"]["before"]),
         nearest=nearest(change.figures) if verdict.outcome == CALIBRATED else [],
         claims=claims,
         dose_figures=dose_figures(data["full"]),
@@ -115,8 +116,17 @@ def dump(data: dict, model: str) -> str:
         return json.dumps(data, indent=1, allow_nan=False)
     except ValueError as error:
         raise ValueError(
-            f"{model}: a figure is not finite ({error}); its states or likelihoods overflow: audit it in float32"
+            f"{model}: a figure is not finite ({error}); its states or likelihoods overflow: audit it saved in float32"
         ) from error
+
+
+def tasks_read(options: dict, asked: dict) -> str:
+    """Whose tasks an audit read; only of the shipped ones is it known that training never saw them."""
+    if "twins" in asked:
+        return f"tasks of your own (split {options.get('split', 'audit')})"
+    if options.get("split") == "selection":
+        return "selection tasks, by which settings may be chosen"
+    return "audit tasks that training never saw"
 
 
 def environment() -> Environment:
@@ -128,7 +138,9 @@ def environment() -> Environment:
 def card(data: dict) -> str:
     """The model card section of a comparison, from what `report.json` holds."""
     markdown = environment().overlay(finalize=_markdown)
-    return markdown.get_template("card.md.jinja").render(data=data, names=FIGURES)
+    return markdown.get_template("card.md.jinja").render(
+        data=data, names=FIGURES, tasks=tasks_read(data["audits"]["before"], data["asked"]["before"])
+    )
 
 
 def profile_card(record: Record) -> str:
@@ -143,7 +155,8 @@ def profile_card(record: Record) -> str:
         readings=record.summary(),
         most=ordered[:5],
         least=ordered[:-6:-1],
-        tasks=len({*record.contexts.pair_tasks}),
+        count=len({*record.contexts.pair_tasks}),
+        tasks=tasks_read(record.options, record.more.get("asked", {})),
         band=record.vectors.used_band(),
         margins=[float(margins[:, outcome].mean()) for outcome in (0, 1)],
         perplexity=math.exp(record.neutral.loss.mean()),
@@ -221,7 +234,8 @@ def _markdown(value):
     """A value that goes into Markdown, and shows as it is: neither markup, nor the end of a table's cell."""
     if not isinstance(value, str):
         return value
-    for sign, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
+    signs = (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'"), ("](", "]\\("))
+    for sign, instead in (*signs, ("*", "\\*"), ("_", "\\_"), ("~", "\\~")):
         value = value.replace(sign, instead)
     return value
 

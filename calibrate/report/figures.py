@@ -71,7 +71,7 @@ def concepts(figure, change: Change, controls: dict[str, Change]) -> None:
         axes.plot([c.change.estimate], [place], "o", color=TRAINED, markersize=3)
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set_yticks(range(len(ordered)), [c.concept for c in ordered], fontsize=7)
-    axes.set_xlabel("after minus before, sigma, turn header, failing audit tasks (95 % interval over tasks)")
+    axes.set_xlabel("after minus before, sigma, turn header, failing contexts (95 % interval over tasks)")
     axes.spines[["top", "right"]].set_visible(False)
 
 
