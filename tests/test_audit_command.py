@@ -7,10 +7,10 @@ import torch
 from test_cli import calibrate, interrupt
 
 from calibrate import cli, corpora, sandbox
-from calibrate.audit import dose, probes, readers
+from calibrate.audit import capability, dose, probes, readers, relearning
 from calibrate.audit.record import load_record
-from calibrate.commands import audit, full
-from calibrate.vectors import load_vectors
+from calibrate.commands import digest, full
+from calibrate.commands.texts import choose
 
 # ---- which texts
 
@@ -18,7 +18,7 @@ from calibrate.vectors import load_vectors
 def chosen(*words) -> dict:
     """The texts of an audit of the default model with these options."""
     arguments = cli._parser().parse_args(["audit", "default", *words])
-    return audit._texts(arguments, load_vectors("default"))
+    return choose(arguments)
 
 
 def counts(texts: dict) -> dict[str, int]:
@@ -144,13 +144,18 @@ def test_a_steered_checkpoint_reads_otherwise_and_has_directions_of_its_own(
     assert change.figures["loss_change"].estimate != 0
 
 
-def test_own_chats_are_read_and_cut_where_that_is_wanted(texts, tiny_vectors, tiny_folder, tmp_path):
+def test_own_chats_are_read_and_cut_where_that_is_wanted(texts, tiny_vectors, tiny_folder, tmp_path, caplog):
     """One of two chats is longer than the model's window of 4096 tokens; its header is at its end."""
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"id": i, "text": "and so on " * n}) for i, n in enumerate((9, 2000))))
     words = ["--vectors", tiny_vectors, *texts["audit"], "--chats", chats, "--truncate", "--out", tmp_path / "out"]
     calibrate("audit", tiny_folder, *words)
-    found = load_record(tmp_path / "out").situations
+    record = load_record(tmp_path / "out")
+    found = record.situations
+    assert "1: its last 4096 of " in caplog.text
+    assert record.more["asked"]["cut at the beginning"] == f"1 ({found.texts[-1].cut} tokens)"
+    assert found.texts[-1].cut > 1000
+    assert "cut at the beginning" in (tmp_path / "out" / "profile.html").read_text(encoding="utf-8")
     own_chats = [i for i, text in enumerate(found.texts) if text.set == "chats"]
     assert [found.texts[i].id for i in own_chats] == [0, 1]
     assert found.readings[own_chats, 1].any(1).all()
@@ -162,6 +167,16 @@ def test_selection_tasks_are_audited_where_settings_are_chosen(texts, tiny_vecto
     found, other = load_record(tmp_path / "out"), load_record(plain)
     assert found.options["split"] == "selection"
     assert not {*found.profile.ids} & {*other.profile.ids}
+
+
+def test_what_an_audit_that_was_stopped_at_its_end_left_goes(texts, tiny_vectors, tiny_folder, plain, capsys):
+    """It was saved and not yet cleared away; another audit's, beside it, stays."""
+    left, other = (plain.with_name(f"{plain.name}.partial-{d}") for d in (digest(load_record(plain).options), "0"))
+    (left / "states").mkdir(parents=True)
+    other.mkdir()
+    calibrate("audit", tiny_folder, "--vectors", tiny_vectors, *texts["audit"], "--out", plain)
+    assert capsys.readouterr().out.endswith("nothing to do\n")
+    assert (left.exists(), other.exists()) == (False, True)
 
 
 def test_a_full_audit_needs_a_sandbox_and_says_so_first(texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch):
@@ -179,8 +194,13 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     texts, tiny_vectors, tiny_folder, tmp_path, monkeypatch
 ):
     """Stopped in the dose-response: what was played and asked is there and is not played or asked again."""
+    ran, relearn = [], relearning.read
+    monkeypatch.setattr(capability, "check", lambda names: None)
+    monkeypatch.setattr(capability, "run", lambda *given: ran.append("lm-eval") or [])
+    monkeypatch.setattr(relearning, "read", lambda *given: ran.append("relearning") or relearn(*given))
     monkeypatch.setattr(full, "DOSED", ())  # the target and one random direction
     words = ["--vectors", tiny_vectors, *texts["audit"], "--full", "--max-rows", 2, "--max-new-tokens", 3]
+    words += ["--lm-eval", "arc"]
     command = ["audit", tiny_folder, *words, "--out", tmp_path / "out"]
     measure, turns = dose.measure, iter([dose.measure, interrupt])
     with monkeypatch.context() as patch:
@@ -189,7 +209,8 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
             calibrate(*command)
     (partial,) = tmp_path.iterdir()
     assert {path.name for path in partial.iterdir()} == {
-        "states", "rollouts.jsonl", "replies.json", "preferences.json", "steered.json", "dose-desperate.json",
+        "states", "lm-eval.json", "rollouts.jsonl", "replies.json", "preferences.json", "steered.json",
+        "dose-desperate.json",
     }  # fmt: skip
     measured = []
     monkeypatch.setattr(dose, "measure", lambda *given: measured.append((given[2], given[4])) or measure(*given))
@@ -211,4 +232,5 @@ def test_a_full_audit_plays_tasks_asks_for_preferences_and_doses(
     assert (len([kind for kind in kinds if kind.startswith("mailbox")]), len(kinds)) == (8, 10)
     assert more["crossing"] is None  # nothing before it
     assert len(more["relearning"]["readings"]) == 2
+    assert ran == ["lm-eval", "relearning"]  # nothing runs on a model that was trained
     assert len({row["key"][0] for row in more["rollouts"]}) == 2

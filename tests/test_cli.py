@@ -141,6 +141,11 @@ ERRORS = [
     ("audit {broken}", r"broken: the tensor 'model.layers.1.mlp.up_proj.weight' holds values that are not finite; .*"),
     ("audit {broken_adapter}", "the tensor '.*layers.0.self_attn.q_proj.lora_B.default.weight' holds values that are"),
     ("audit {tiny} --chats {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; .* with `--truncate`"),
+    ("audit {tiny} --neutral {tmp}/long_talk.jsonl", r"endless: \d+ tokens, and the model takes 4096; .* of `--neut"),
+    (
+        "audit {tiny} --stories {tmp}/long_story.jsonl",
+        r"endless: \d+ tokens, and the model takes 4096; .* `--stories`",
+    ),
     ("audit {tiny} --chats {tmp}/none.jsonl", "none.jsonl: no such file"),
     (
         "audit {tiny} --chats {tmp}/empty.jsonl",
@@ -154,6 +159,9 @@ ERRORS = [
         "audit {tiny} --full --steer calm=0.1",
         "steers what a quick audit reads; leave out `--full` and `--lm-eval`, or",
     ),
+    ("audit {tiny} --full --split selection", "and stay unseen with `--split selection`; leave one of them out"),
+    ("audit {tiny} --steer calm=0.05 calm=0.1", "`--steer` names a concept twice; give each concept one dose"),
+    ("audit {tiny} --reference {broken}", r"broken: the tensor 'model.layers.1.mlp.up_proj.weight' holds values that"),
     ("audit {tiny} --max-new-tokens 7", "which only `--full` asks; add it or leave it out"),
     ("audit {tiny} --concepts calm --max-concepts 2", "names what `--max-concepts` would choose; give one of them"),
     ("audit {adapter} --reference {tiny}", "is an adapter, whose own base is its reference; leave out `--reference`"),
@@ -189,6 +197,8 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     dialogue = corpora.load_neutral()[0]._asdict() | {"split": "train"}
     contexts = [context._asdict() for twin in corpora.load_twins()[:4] for context in twin]
     spoken = [row._asdict() for row in corpora.load_neutral() if row.split == "audit"]
+    talk = [{"role": "user", "content": "and so on " * 2000}, {"role": "assistant", "content": "Go on."}]
+    told = [story | {"id": c, "concept": c, "topic": "a", "split": "audit"} for c in ("desperate", "calm")]
     pairs = [pair._asdict() for pair in corpora.load_pairs() if pair.split == "audit"]
     for name, rows in {
         "text": [story, "{'id': 1}"],
@@ -206,6 +216,8 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
         "quiet": [dialogue, spoken[-1]],
         "uneven": [story | {"concept": c, "topic": t, "split": "audit"} for c, t in UNEVEN],
         "long": [{"id": "endless", "text": "and so on " * 2000}],
+        "long_talk": [dialogue | {"id": "first"}, *spoken, dialogue | {"id": "endless", "messages": talk}],
+        "long_story": [*told, told[0] | {"id": "endless", "text": "and so on " * 2000}],
         "empty": [],
         "role": [{"id": 1, "messages": [{"role": "robot", "content": "go"}]}],
     }.items():
@@ -309,6 +321,22 @@ def test_mistakes_are_found_before_anything_is_read(command, words, run, texts, 
     audit = [*texts["audit"], "--vectors", run / "vectors/train"]
     line = error(verb, *audit, *arguments, "--out", tmp_path / "out")
     assert re.search(words, line), line
+
+
+def test_a_tokenizer_is_looked_for_where_the_model_is(tiny_folder, monkeypatch, tmp_path):
+    """The first thing that a comparison loads, and at the revision that is given."""
+    asked = []
+
+    def refuse(source, **options):
+        asked.append((source, options))
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    words = ["--revision", "v1", "--trust-remote-code", "--out", tmp_path / "out"]
+    assert "model 'nobody/nothing' cannot be loaded (no network)" in error(
+        "compare", "nobody/nothing", tiny_folder, *words
+    )
+    assert asked == [("nobody/nothing", {"revision": "v1", "trust_remote_code": True})]
 
 
 def test_another_configuration_never_overwrites(run, texts, tiny_folder, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import CHAT_TEMPLATE, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from calibrate import cli, models, transcripts
@@ -94,7 +94,11 @@ def test_the_command_prints_flags_and_writes_json(planted, tiny_folder, tiny_vec
             "1 neutral dialogues .*; the levels need at least 2",
         ),
         ("--tasks {tmp}/none.jsonl", "none.jsonl: no such file"),
-        ("--tasks {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; shorten the prompt"),
+        ("--tasks {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; shorten it, or leave it out"),
+        (
+            "--tasks {tmp}/padded.jsonl --chat-template {tmp}/trim.jinja",
+            "^error: padded: the chat template changes the messages",
+        ),
     ],
 )
 def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypatch, words, message):
@@ -102,6 +106,8 @@ def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypat
     (tmp_path / "empty.jsonl").write_text("")
     write_jsonl(tmp_path / "quiet.jsonl", [row._asdict() for row in load_neutral() if row.split == "audit"][:1])
     write_jsonl(tmp_path / "long.jsonl", [{"id": "endless", "text": "and so on " * 2000}])
+    write_jsonl(tmp_path / "padded.jsonl", [{"id": "padded", "text": f"{CALM}  "}])
+    (tmp_path / "trim.jinja").write_text(CHAT_TEMPLATE.replace("['content']", "['content'] | trim"))
     given = words.format(tmp=tmp_path).split()
     monkeypatch.setattr("sys.argv", ["calibrate", "audit", str(tiny_folder), "--vectors", str(tiny_vectors), *given])
     with pytest.raises(SystemExit, match=message):

@@ -129,7 +129,7 @@ def test_a_text_that_ends_with_the_user_gets_the_models_own_reply(tools):
         assert new.messages[-1] == {"role": "assistant", "content": reply.strip()}
 
 
-def test_a_reply_that_does_not_fit_or_is_empty_is_not_there(tools, monkeypatch):
+def test_a_reply_that_does_not_fit_or_is_empty_is_not_there_and_is_named(tools, monkeypatch, caplog):
     checkpoint = tools[0]
     row = Text("open", "scenarios", "x", CHAT[:2])
     with monkeypatch.context() as patch:
@@ -137,6 +137,10 @@ def test_a_reply_that_does_not_fit_or_is_empty_is_not_there(tools, monkeypatch):
         assert situations.answered(checkpoint, [row], ["open"]) == [row]
     monkeypatch.setattr(situations.agents, "reply", lambda *given: [" \n"])
     assert situations.answered(checkpoint, [row], ["open"]) == [row]
+    assert "open: the model's reply is empty; none is read" in caplog.text
+    monkeypatch.setattr(situations.agents, "reply", lambda *given: ["and so on " * 2000])
+    assert situations.answered(checkpoint, [row], ["open"]) == [row]
+    assert "open: with its reply it has more than the model's 4096 tokens; none is read" in caplog.text
 
 
 # ---- summary

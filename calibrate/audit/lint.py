@@ -65,11 +65,17 @@ def lint(
     for dialogue in dialogues:
         stop = next(i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
         neutral.append(dialogue.messages[:stop])
-    encoded = [transcripts.encode(checkpoint.tokenizer, messages) for messages in [*neutral, *chats]]
-    window = models.window(checkpoint.model)
-    for record, text in zip(records, encoded[len(neutral) :], strict=True):
-        if window and len(text.ids) > window:
-            raise ValueError(f"{record.id}: {len(text.ids)} tokens, and the model takes {window}; shorten the prompt")
+    encoded, window = [], models.window(checkpoint.model)
+    for row, messages in zip([*dialogues, *records], [*neutral, *chats], strict=True):
+        try:
+            encoded.append(transcripts.encode(checkpoint.tokenizer, messages))
+        except ValueError as error:  # the template refuses it
+            raise ValueError(f"{row.id}: {error}") from error
+        if window and (length := len(encoded[-1].ids)) > window:
+            raise ValueError(
+                f"{row.id}: {length} tokens, and the model takes {window}; shorten it, or leave it out: a prompt is "
+                "read whole"
+            )
     headers, spans = np.zeros(len(encoded)), [[] for _ in encoded]
     direction = vectors.directions[[vectors.index(concept)]]
     at = vectors.positions(vectors.used_band())

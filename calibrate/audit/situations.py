@@ -5,6 +5,7 @@ is one, over the assistant's last reply. Own chats and scenarios (in a quick aud
 get a reply of the model's own.
 """
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from calibrate.stats import Interval
 from calibrate.vectors import EmotionVectors
 
 PLACES = ("user", "header", "reply")
+logger = logging.getLogger(__name__)
 REPLIES = agents.Settings(max_new_tokens=24, temperature=0, batch=27)  # the likeliest tokens, few
 
 
@@ -30,6 +32,7 @@ class Text(NamedTuple):
     kind: str
     messages: list[dict[str, str]]
     expected: dict = {}
+    cut: int = 0  # tokens at its beginning that were not read
 
 
 class Situations(NamedTuple):
@@ -61,7 +64,8 @@ def texts(
 def answered(checkpoint: Checkpoint, rows: list[Text], wanted: list[str]) -> list[Text]:
     """The same texts, with the model's own reply where a wanted one has none yet.
 
-    One stays without, and so without a reading over the reply, where the reply is empty or does not fit the window.
+    One stays without, and so without a reading over the reply, where the reply is empty or does not fit the window; a
+    warning names it.
 
     Args:
         wanted: ids of the texts.
@@ -71,10 +75,17 @@ def answered(checkpoint: Checkpoint, rows: list[Text], wanted: list[str]) -> lis
     found = list(rows)
     replies = agents.reply(checkpoint, [rows[i].messages for i in asked], REPLIES, [rows[i].id for i in asked])
     for i, reply in zip(asked, replies, strict=True):
-        if reply and reply.strip():
-            whole = [*rows[i].messages, {"role": "assistant", "content": reply.strip()}]
-            if len(transcripts.encode(checkpoint.tokenizer, whole).ids) <= window:
-                found[i] = rows[i]._replace(messages=whole)
+        if reply is None:
+            continue  # named already: there was no room for one
+        whole = [*rows[i].messages, {"role": "assistant", "content": reply.strip()}]
+        if not reply.strip():
+            logger.warning("%s: the model's reply is empty; none is read", rows[i].id)
+        elif len(transcripts.encode(checkpoint.tokenizer, whole).ids) > window:
+            logger.warning(
+                "%s: with its reply it has more than the model's %d tokens; none is read", rows[i].id, window
+            )
+        else:
+            found[i] = rows[i]._replace(messages=whole)
     return found
 
 
@@ -82,14 +93,17 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, rows: list[Text], trun
     """Reads all texts.
 
     Args:
-        truncate: cut a text that is longer than the model's context window at its beginning.
+        truncate: cut a text that is longer than the model's context window at its beginning; a warning names it.
 
     Raises:
         ValueError: a text has more tokens than the model takes, and `truncate` is not set.
     """
     layers = vectors.reading_layers()
     at = vectors.positions(layers)
-    sequences, places = encode(checkpoint, rows, truncate)
+    sequences, places, cuts = encode(checkpoint, rows, truncate)
+    rows = [row._replace(cut=cut) for row, cut in zip(rows, cuts, strict=True)]
+    for row, ids in ((row, ids) for row, ids in zip(rows, sequences, strict=True) if row.cut):
+        logger.warning("%s: its last %d of %d tokens are read", row.id, len(ids), len(ids) + row.cut)
     directions = vectors.directions[:, at].double()
     scales = {pooling: vectors.scale(pooling) for pooling in ("token", "header", "reply")}
     found = np.full((len(rows), len(PLACES), len(vectors.concepts)), np.nan)
@@ -101,10 +115,10 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, rows: list[Text], trun
     return Situations(rows, found)
 
 
-def encode(checkpoint: Checkpoint, rows: list[Text], truncate: bool) -> tuple[list[list[int]], list[dict]]:
-    """Token ids of every text and where its places stand in them; the errors are those of `read`."""
+def encode(checkpoint: Checkpoint, rows: list[Text], truncate: bool) -> tuple[list[list[int]], list[dict], list[int]]:
+    """Token ids of every text, where its places stand in them, and how many are cut off; errors as those of `read`."""
     window = models.window(checkpoint.model)
-    sequences, places = [], []
+    sequences, places, cuts = [], [], []
     for row in rows:
         try:
             encoded = transcripts.encode(checkpoint.tokenizer, row.messages)
@@ -120,7 +134,8 @@ def encode(checkpoint: Checkpoint, rows: list[Text], truncate: bool) -> tuple[li
             cut = len(ids) - window
         sequences.append(ids[cut:])
         places.append(_places(encoded, cut))
-    return sequences, places
+        cuts.append(cut)
+    return sequences, places, cuts
 
 
 def _places(encoded: transcripts.Encoded, cut: int) -> dict[str, tuple[int, int]]:

@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calibrate.commands import check_finite, digest, full, identity, is_done, load
-
-QUICK_TASKS = 14  # without `--full`: evenly spaced tasks, one conversation each
-QUICK_ELSEWHERE = 8  # of them in another template too
-QUICK_ANSWERED = 36  # scenarios that the model answers
-QUICK_NEUTRAL = 60  # neutral dialogues whose leading components are projected out of the own directions
+from calibrate.commands.texts import choose
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -21,6 +17,8 @@ def audit(arguments: argparse.Namespace) -> None:
         return lint(arguments)
     if arguments.steer and (arguments.full or arguments.lm_eval):
         raise ValueError("`--steer` steers what a quick audit reads; leave out `--full` and `--lm-eval`, or `--steer`")
+    if len(dict(arguments.steer)) < len(arguments.steer):
+        raise ValueError("`--steer` names a concept twice; give each concept one dose")
     arguments.out = arguments.out or Path("runs") / f"audit-{Path(arguments.model).name}"
     record = run(arguments, arguments.out)
     if record is None and (arguments.out / "profile.html").is_file():
@@ -65,6 +63,11 @@ def prepare(arguments: argparse.Namespace) -> Ready:
 
     if arguments.max_new_tokens and not arguments.full:
         raise ValueError("`--max-new-tokens` is of coding tasks, which only `--full` asks; add it or leave it out")
+    if arguments.full and arguments.split == "selection":
+        raise ValueError(
+            "`--full` plays the shipped coding tasks, mailboxes and activities, which are the audit's and stay unseen "
+            "with `--split selection`; leave one of them out"
+        )
     if arguments.concepts and arguments.max_concepts:
         raise ValueError("`--concepts` names what `--max-concepts` would choose; give one of them")
     vectors = load_vectors(arguments.vectors)
@@ -73,11 +76,12 @@ def prepare(arguments: argparse.Namespace) -> Ready:
         from calibrate.audit import capability
 
         capability.check(arguments.lm_eval)
-    texts = _texts(arguments, vectors)
+    texts = choose(arguments)
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
     situations.encode(checkpoint, situations.texts([], [], [], [], texts["chats"]), arguments.truncate)  # too long?
+    _check_lengths(checkpoint, texts)
     check_finite(checkpoint)
     if arguments.full:
         full.check_sandbox()
@@ -99,6 +103,21 @@ def prepare(arguments: argparse.Namespace) -> Ready:
             )
     options = _options(arguments, checkpoint, vectors, texts, reference)
     return Ready(checkpoint, vectors, texts, reference, options)
+
+
+def _check_lengths(checkpoint, texts: dict[str, Any]) -> None:
+    """Raises ValueError where a dialogue or story is too long: past its window a model reads what means nothing."""
+    from calibrate import models, transcripts
+
+    window, tokenizer = models.window(checkpoint.model), checkpoint.tokenizer
+    dialogues = [*texts["dialogues"], *texts["neutral"]]
+    rows = [("neutral", row.id, transcripts.encode(tokenizer, row.messages)) for row in dialogues]
+    rows += [("stories", story.id, transcripts.encode_text(tokenizer, story.text)) for story in texts["stories"]]
+    for option, id_, encoded in rows:
+        if window and (length := len(encoded.ids)) > window:
+            raise ValueError(
+                f"{id_}: {length} tokens, and the model takes {window}; shorten it, or leave it out of `--{option}`"
+            )
 
 
 def run(arguments: argparse.Namespace, out: Path):
@@ -159,109 +178,6 @@ def _options(arguments, checkpoint, vectors, texts: dict[str, Any], reference) -
     return options | ({"reference": [reference.weight_hash, reference.adapter_hash]} if reference else {})
 
 
-def _texts(arguments: argparse.Namespace, vectors) -> dict[str, Any]:
-    """Everything that is read, of one split, evenly thinned."""
-    from calibrate import corpora
-    from calibrate.corpora import situations as kinds
-
-    split, most = arguments.split, arguments.max_rows
-    every, told = corpora.load_twins(arguments.twins), corpora.load_pairs(arguments.pairs)
-    spoken, records = corpora.load_neutral(arguments.neutral), _chats(arguments)
-    _check_ids(arguments.twins, [context for twin in every for context in twin])
-    for path, rows in ((arguments.pairs, told), (arguments.neutral, spoken), (arguments.chats, records)):
-        _check_ids(path, rows)
-    twins = [twin for twin in every if twin[0].split == split]
-    if not arguments.full and arguments.twins is None:
-        twins = [twin for twin in twins if twin[0].context == "plain" or arguments.pressed]
-    twins = corpora.of_tasks(twins, arguments.max_tasks or (None if arguments.full else QUICK_TASKS))
-    tasks = [failing.task for failing, _ in twins]
-    held = {(failing.task, failing.context) for failing, _ in twins}
-    pairs = [p for p in told if (p.task, p.context) in held and p.kind == "honest"]
-    each = arguments.max_pairs_per_task or (10**9 if arguments.full else 1)
-    pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < each]
-    dialogues, training = ([row for row in spoken if row.split == wanted] for wanted in (split, "train"))
-    elsewhere = corpora.of_tasks(
-        [t for t in twins if t[0].context == "plain"] or twins, None if arguments.full else QUICK_ELSEWHERE
-    )
-    for what, rows in (
-        ("tasks", set(tasks)),
-        ("tasks with pairs", {pair.task for pair in pairs}),
-        ("neutral dialogues", dialogues),
-    ):
-        if len(rows) < 2:
-            raise ValueError(
-                f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
-            )
-    if len(training) < 2:
-        raise ValueError(
-            f'{len(training)} neutral dialogues with `"split": "train"`; the own directions need at least 2, whose '
-            "components are projected out"
-        )
-    stories = _stories(arguments)
-    chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in records]
-    scenarios = corpora.spread(kinds.load(kinds.Scenario), most)
-    answered = corpora.spread(scenarios, None if arguments.full else QUICK_ANSWERED)
-    return {
-        "twins": twins,
-        "elsewhere": elsewhere,
-        "pairs": pairs,
-        "dialogues": corpora.spread(dialogues, most),
-        "neutral": corpora.spread(training, most or (None if arguments.full else QUICK_NEUTRAL)),
-        "stories": stories,
-        "deflection": [row for row in corpora.load_deflection() if row.split == "audit"] if arguments.full else [],
-        "scenarios": scenarios,
-        "answered": [*(scenario.id for scenario in answered), *(id_ for id_, _ in chats)],
-        "implicit": corpora.spread(kinds.load(kinds.Implicit), most),
-        "speakers": corpora.spread(kinds.load(kinds.Speakers), most),
-        "ladders": corpora.spread([row for row in corpora.load_ladders() if row.split == "audit"], most and most // 6),
-        "chats": chats,
-        "passages": corpora.spread(kinds.load(kinds.Passage), most),
-        "messages": corpora.spread(kinds.load(kinds.Crisis), most),
-        "questions": kinds.load(kinds.FailureQuestion),
-        "traced": _traced([] if arguments.twins else twins, split),
-    }
-
-
-def _chats(arguments: argparse.Namespace) -> list:
-    """The records of `--chats`."""
-    from calibrate.reading import read_records
-
-    records = list(read_records(arguments.chats)) if arguments.chats else []
-    if arguments.chats and not records:
-        raise ValueError(f"{arguments.chats}: no chats; give JSONL of {{id, messages}} or {{id, text}}")
-    return records
-
-
-def _check_ids(path: Path | None, rows: list) -> None:
-    """Raises ValueError where two rows have one id: the readings of one would stand for those of the other."""
-    seen = set()
-    for id_ in (str(row.id) for row in rows):
-        if id_ in seen:
-            raise ValueError(f"{path}: two rows have the id {id_!r}; give every row an id of its own")
-        seen.add(id_)
-
-
-def _traced(twins: list, split: str) -> list[tuple[str, list[dict[str, str]], str]]:
-    """Whole transcripts that are shown token by token besides the contexts: name, messages, reply.
-
-    A mailbox up to the answer, and where only plain ones of the shipped contexts are read, the shortest of those with
-    several attempts: failure upon failure, up to the shortcut.
-    """
-    from calibrate import corpora
-    from calibrate.corpora import situations as kinds
-
-    boxes = [box for box in kinds.load(kinds.Mailbox) if box.variant == "threatened"][:1]
-    found = [(box.id, box.messages, "") for box in boxes]
-    if twins and all(failing.context == "plain" for failing, _ in twins):
-        gaming = {(p.task, p.context): p.rejected[0]["content"] for p in corpora.load_pairs() if p.kind == "honest"}
-        pressed = [f for f, _ in corpora.load_twins() if f.split == split and (f.task, f.context) in gaming]
-        pressed = [context for context in pressed if context.context == "pressed"]
-        shortest = min(pressed, key=lambda context: sum(len(message["content"]) for message in context.messages))
-        reply = gaming[shortest.task, shortest.context]
-        found.append((f"{shortest.id}, gaming reply", shortest.messages, reply))
-    return found
-
-
 def _asked(arguments: argparse.Namespace) -> dict[str, str]:
     """Options that were given and versions that ran, for the page; what decides a comparison is in `options`."""
     import platform
@@ -269,29 +185,11 @@ def _asked(arguments: argparse.Namespace) -> dict[str, str]:
 
     from calibrate import __version__
 
-    left = ("verb", "verbose", "out", "audits", "before", "after", "arms", "seeds")
+    left = ("verb", "verbose", "out", "audits", "before", "after", "arms", "seeds", "reference_revision")
+    left += ("reference",) if arguments.verb == "compare" else ()  # there it is BEFORE, which nobody gave as one
     given = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in left and value}
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     return given | {"calibrate": __version__, "python": platform.python_version()} | packages
-
-
-def _stories(arguments: argparse.Namespace) -> list:
-    """What the checkpoint's own directions are made from."""
-    from calibrate import corpora
-    from calibrate.audit import own
-
-    stories = [story for story in corpora.load_stories(arguments.stories) if story.split == "audit"]
-    known = list(dict.fromkeys(story.concept for story in stories))
-    for concept in (arguments.target, *(arguments.concepts or [])):
-        if concept not in known:
-            raise ValueError(f"no stories of the audit split are about {concept!r}; they are about {', '.join(known)}")
-    wanted = arguments.concepts
-    if wanted is None and arguments.max_concepts:
-        wanted_known = corpora.spread([name for name in known if name != arguments.target], arguments.max_concepts)
-        stories = [story for story in stories if story.concept in {arguments.target, *wanted_known}]
-    stories = own.choose(stories, arguments.target, wanted or (known if arguments.full else None))
-    own.check_topics(stories, arguments.target)
-    return stories
 
 
 def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, options: dict, partial: Path):
@@ -321,9 +219,11 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         partial / "states",
     )  # fmt: skip
     more: dict[str, Any] = {"asked": _asked(arguments)}
+    if cut := [f"{text.id} ({text.cut} tokens)" for text in found.texts if text.cut]:
+        more["asked"]["cut at the beginning"] = ", ".join(cut)
+    more |= full.benchmarks(arguments, checkpoint, partial) if arguments.lm_eval else {}
     if arguments.full:
         more |= full.read(arguments, checkpoint, vectors, texts, made.directions["stories"], reference, partial)
-    more |= full.benchmarks(arguments, checkpoint, partial) if arguments.lm_eval else {}
     return Record(
         checkpoint.name, arguments.target, vectors, read, elsewhere, made, neutral, asked, found, more, options
     )
