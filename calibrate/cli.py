@@ -140,7 +140,8 @@ def _count(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.ArgumentParser) -> None:
+def _auditing() -> argparse.ArgumentParser:
+    """The options that `audit` and `compare` share."""
     auditing = argparse.ArgumentParser(add_help=False)
     auditing.add_argument(
         "--vectors", default="default", help="the reference's vectors, frozen (default: the shipped ones)"
@@ -175,6 +176,11 @@ def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.Argument
     auditing.add_argument(
         "--lm-eval", nargs="+", metavar="TASK", help="also run these tasks of lm-eval, by name or as a YAML file"
     )
+    return auditing
+
+
+def _add_audit(verbs, reading: argparse.ArgumentParser, texts: argparse.ArgumentParser) -> None:
+    auditing = _auditing()
     two = verbs.add_parser("audit", parents=[reading, auditing], help="the emotional profile of a checkpoint")
     two.add_argument("--out", type=Path, help="folder to write (default: runs/audit-MODEL)")
     two.add_argument(

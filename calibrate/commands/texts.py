@@ -1,6 +1,7 @@
 """Which texts an audit reads, by its options; what is wrong with them is said before a model is loaded."""
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,8 @@ def choose(arguments: argparse.Namespace) -> dict[str, Any]:
     elsewhere = corpora.of_tasks(
         [t for t in twins if t[0].context == "plain"] or twins, None if arguments.full else QUICK_ELSEWHERE
     )
-    for what, rows in (
-        ("tasks", set(tasks)),
-        ("tasks with pairs", {pair.task for pair in pairs}),
-        ("neutral dialogues", dialogues),
-    ):
-        if len(rows) < 2:
-            raise ValueError(
-                f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
-            )
-    if len(training) < 2:
-        raise ValueError(
-            f'{len(training)} neutral dialogues with `"split": "train"`; the own directions need at least 2, whose '
-            "components are projected out"
-        )
+    paired = {pair.task for pair in pairs}
+    _check_counts(split, {"tasks": {*tasks}, "tasks with pairs": paired, "neutral dialogues": dialogues}, training)
     stories = _stories(arguments)
     chats = [(r.id, r.messages or [{"role": "user", "content": r.text or ""}]) for r in records]
     scenarios = corpora.spread(kinds.load(kinds.Scenario), most)
@@ -81,6 +70,20 @@ def _chats(arguments: argparse.Namespace) -> list:
     if arguments.chats and not records:
         raise ValueError(f"{arguments.chats}: no chats; give JSONL of {{id, messages}} or {{id, text}}")
     return records
+
+
+def _check_counts(split: str, found: dict[str, Collection], training: list) -> None:
+    """Raises ValueError where there is less than two of something that is averaged."""
+    for what, rows in found.items():
+        if len(rows) < 2:
+            raise ValueError(
+                f'{len(rows)} {what} of the {split} split; an audit needs at least 2 (rows with `"split": "{split}"`)'
+            )
+    if len(training) < 2:
+        raise ValueError(
+            f'{len(training)} neutral dialogues with `"split": "train"`; the own directions need at least 2, whose '
+            "components are projected out"
+        )
 
 
 def _check_ids(path: Path | None, rows: list) -> None:
