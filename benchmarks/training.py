@@ -37,9 +37,8 @@ from calibrate.training.objective import Data
 from calibrate.training.trainers import CalibratedDPOTrainer
 
 MICRO_STEPS = 2
-MAX_CONTEXT_TOKENS = (
-    300  # short contexts and pairs of short contexts: the ratio is that of the tokens, not of their sum
-)
+# Short contexts and pairs of short contexts: the ratio is that of the tokens, not of their sum.
+MAX_CONTEXT_TOKENS = 300
 
 
 def make(kind: type, folder: str, pairs: int):
