@@ -201,7 +201,9 @@ def test_cosine_of_own_directions_and_neutral_text(planted):
     The reference's own direction is the frozen one at the first layer and opposite to it at the second: mean 0.
     """
     planted.set_band([1, 2], "by hand")
-    before, after = make_record(planted, loss=np.log(10)), make_record(planted, loss=np.log(20), kl=0.25)
+    base, adapter = {"weight_hash": "a"}, {"weight_hash": "a", "adapter": "x"}
+    before = make_record(planted, loss=np.log(10), options=base)
+    after = make_record(planted, loss=np.log(20), kl=0.25, options=adapter)
     before.own.directions["stories"][1] *= -1
     after.own.directions["stories"][0, :2] = torch.tensor([0.5, 0.75**0.5])
     after.own.directions["stories"][1] *= -1
