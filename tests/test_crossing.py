@@ -101,8 +101,8 @@ def test_the_parts_by_hand(planted):
     """
     planted.set_band([2], "by hand")
     readings = [[[3, 2], [2, 0]], [[3, 2], [1, 0]]]
-    record = make_record(planted, more={"crossing": {"readings": readings}})
-    found = effects.crossed(make_record(planted), record)
+    before = make_record(planted, options={"weight_hash": "a"})
+    record = before._replace(options={"weight_hash": "a", "adapter": "x"}, more={"crossing": {"readings": readings}})
+    found = effects.crossed(before, record)
     assert [found[name].estimate for name in ("fall_written", "fall_text", "fall_state")] == [3, 1.25, 1.75]
-    before = make_record(planted)
     assert effects.crossed(before, before) == effects.crossed(before, record._replace(more={"crossing": None})) == {}
