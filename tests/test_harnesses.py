@@ -84,11 +84,13 @@ def test_none_is_a_harness_of_the_audit(shown):
             assert not any(mark in message["content"] for mark in marks)
 
 
-def test_contexts_without_files_and_results_cannot_vary():
+def test_what_would_change_nothing_is_refused(shown):
     said = [{"role": "user", "content": "Go."}]
     twins = []
     for task in "ab":
         one = corpora.Context(f"{task}/failing", task, "train", "failing", said, "Well.")
         twins.append((one, one._replace(outcome="passing")))
-    with pytest.raises(ValueError, match=r"^`vary_harness` is true, but no context has a file .*; leave it out$"):
+    with pytest.raises(ValueError, match=r"^`vary_harness` is true, but changes none of 2 tasks: .*; leave it out$"):
         harnesses.varied(twins)
+    with pytest.raises(ValueError, match=r"changes none of 1 tasks: it needs two or more"):  # the first stays as it is
+        harnesses.varied(shown[0][:1])

@@ -19,17 +19,18 @@ def varied(twins: Twins) -> Twins:
     What is said, the code and the results stay what they were, and a passing twin is shown as its failing context is.
 
     Raises:
-        ValueError: no context has a file (a fence whose first line is `# NAME`) or the result of a tool.
+        ValueError: nothing would change: one task alone, which stays as it is, or no context of another one has a file
+            (a fence whose first line is `# NAME`) or the result of a tool.
     """
     tasks = {task: number for number, task in enumerate(dict.fromkeys(failing.task for failing, _ in twins))}
     found = [
         (_shown(failing, tasks[failing.task] % 4), _shown(passing, tasks[failing.task] % 4))
         for failing, passing in twins
     ]
-    if len(tasks) > 1 and found == twins:
+    if found == twins:
         raise ValueError(
-            "`vary_harness` is true, but no context has a file (a fence whose first line is `# NAME`) or a message "
-            "with the role `tool`; leave it out"
+            f"`vary_harness` is true, but changes none of {len(tasks)} tasks: it needs two or more, with files (a fence "
+            "whose first line is `# NAME`) or messages with the role `tool`; leave it out"
         )
     return found
 
