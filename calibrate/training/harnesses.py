@@ -29,8 +29,8 @@ def varied(twins: Twins) -> Twins:
     ]
     if found == twins:
         raise ValueError(
-            f"`vary_harness` is true, but changes none of {len(tasks)} tasks: it needs two or more, with files (a fence "
-            "whose first line is `# NAME`) or messages with the role `tool`; leave it out"
+            f"`vary_harness` is true, but changes none of {len(tasks)} tasks: it needs two or more, with files (a "
+            "fence whose first line is `# NAME`) or messages with the role `tool`; leave it out"
         )
     return found
 
