@@ -162,7 +162,7 @@ def _auditing() -> argparse.ArgumentParser:
         "--max-tasks", type=_count, help="audit so many evenly spaced tasks (default: 14, full: all)"
     )
     auditing.add_argument("--pressed", action="store_true", help="read the longer conversations of each task too")
-    auditing.add_argument("--max-pairs-per-task", type=_count, help="the first so many pairs of a task (default: 1)")
+    auditing.add_argument("--max-pairs-per-task", type=_count, help="so many pairs of a task (default: 1)")
     auditing.add_argument(
         "--max-rows",
         type=partial(_count, least=2),

@@ -41,9 +41,8 @@ def features(checkpoint: Checkpoint, vectors: EmotionVectors, split: str, tasks:
     clothed.chat_template = harness.TEMPLATE
     twins = [twin for twin in corpora.load_twins() if twin[0].split == split and twin[0].context == "plain"]
     twins = corpora.of_tasks(twins, tasks)
-    pairs = {
-        pair.task: pair for pair in reversed(corpora.load_pairs()) if pair.kind == "honest" and pair.context == "plain"
-    }
+    plain = [pair for pair in corpora.load_pairs() if pair.kind == "honest" and pair.context == "plain"]
+    pairs = {pair.task: pair for pair in reversed(plain)} | {p.task: p for p in plain if p.id.endswith("/2")}
     inputs: dict[str, dict[int, list[Tensor]]] = {}
     states: dict[str, list[Tensor]] = {"failing": [], "passing": []}
     seen: dict[int, list[Tensor]] = {block: [] for block in (BELOW, ABOVE, LATE)}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import write_jsonl
 from test_cli import calibrate, interrupt
 
 from calibrate import cli, corpora, sandbox
@@ -100,14 +101,30 @@ def test_options_that_read_less_or_more(words, expected):
         assert {name: found[name] for name in others} == others
 
 
-def test_pairs_of_a_task_are_the_first_ones():
-    one, two = (chosen("--max-tasks", "8", "--max-pairs-per-task", str(count))["pairs"] for count in (1, 2))
+def test_of_the_shipped_pairs_of_a_task_the_second_comes_first(tmp_path):
+    own = write_jsonl(tmp_path / "pairs.jsonl", [pair._asdict() for pair in corpora.load_pairs()])
     every = [pair for pair in corpora.load_pairs() if pair.kind == "honest" and pair.context == "plain"]
-    for count, found in ((1, one), (2, two)):
+    ids = {}
+    for count, words in ((1, []), (2, []), (3, []), (1, ["--pairs", str(own)]), (2, ["--pairs", str(own)])):
+        found = chosen("--max-tasks", "8", "--max-pairs-per-task", str(count), *words)["pairs"]
         for task in {pair.task for pair in found}:
-            expected = [pair.id for pair in every if pair.task == task][:count]
-            assert [pair.id for pair in found if pair.task == task] == expected
-    assert len(two) > len(one)
+            expected = [pair.id for pair in every if pair.task == task]
+            if not words:
+                expected = [*expected[1:2], expected[0], *expected[2:]]
+            assert [pair.id for pair in found if pair.task == task] == expected[:count]
+        ids[count, bool(words)] = {pair.id for pair in found}
+    assert len(ids[1, False]) == len(ids[1, True]) == 8 < len(ids[2, True]) < len(ids[3, False])
+    assert not ids[1, False] & ids[1, True]
+
+
+def test_style_does_not_tell_the_replies_of_a_quick_audit_apart():
+    pairs = chosen()["pairs"]
+    for sign in ("?", "```"):
+        honest, gaming = (
+            sum(sign in getattr(pair, side)[0]["content"] for pair in pairs) for side in ("chosen", "rejected")
+        )
+        assert abs(honest - gaming) <= len(pairs) / 7, (sign, honest, gaming)
+        assert min(honest, gaming) >= len(pairs) / 3, (sign, honest, gaming)
 
 
 # ---- what is read with them

@@ -29,6 +29,8 @@ def choose(arguments: argparse.Namespace) -> dict[str, Any]:
     tasks = [failing.task for failing, _ in twins]
     held = {(failing.task, failing.context) for failing, _ in twins}
     pairs = [p for p in told if (p.task, p.context) in held and p.kind == "honest"]
+    if arguments.pairs is None:  # the shipped first ones can be told apart by style alone: only the honest reply asks
+        pairs.sort(key=lambda p: (tasks.index(p.task), p.context != "plain", not p.id.endswith("/2")))
     each = arguments.max_pairs_per_task or (10**9 if arguments.full else 1)
     pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < each]
     dialogues, training = ([row for row in spoken if row.split == wanted] for wanted in (split, "train"))
