@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from calibrate import corpora, models
-from calibrate.training import harnesses, runs
+from calibrate.training import runs
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig
 from calibrate.vectors import load_vectors
 
@@ -156,15 +156,6 @@ def test_the_chosen_reply_is_read_by_a_run(tiny_folder, tiny_vectors, tmp_path):
     args = CalibratedDPOConfig(output_dir=str(tmp_path / "run"), **options)
     run = runs.prepare(args, ModelConfig(model_name_or_path=str(tiny_folder), use_peft=True))
     assert {failing.reply for failing, _ in run.data.twins} <= {pair.chosen[0]["content"] for pair in run.pairs}
-
-
-def test_a_run_reads_the_contexts_in_the_harnesses_that_it_asks_for(tiny_folder, tiny_vectors, tmp_path):
-    twins = [twin for twin in corpora.load_twins() if twin[0].split == "train"]
-    for vary, expected in ((False, twins), (True, harnesses.varied(twins))):
-        options = {"vectors": str(tiny_vectors), "use_cpu": True, "bf16": False, "vary_harness": vary}
-        args = CalibratedDPOConfig(output_dir=str(tmp_path / str(vary)), **options)
-        run = runs.prepare(args, ModelConfig(model_name_or_path=str(tiny_folder), use_peft=True))
-        assert run.data.twins == expected
 
 
 @pytest.mark.parametrize(

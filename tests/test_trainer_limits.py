@@ -218,7 +218,7 @@ def test_reentrant_checkpointing_that_a_user_asked_for_is_refused_under_zero3_to
 def test_what_recipes_alone_use_is_refused_by_a_trainer(make):  # noqa: F811
     trainer, data = make(prepared=False), Data([], [], [])
     values = dict.fromkeys(("twins", "pairs", "neutral", "stories"), "own.jsonl")
-    values |= {"dry_run": True, "max_tasks": 2, "max_pairs": 2, "blocks": "layers", "vary_harness": True}
+    values |= {"dry_run": True, "max_tasks": 2, "max_pairs": 2, "blocks": "layers"}
     for name, value in values.items():
         before = getattr(trainer.args, name)
         setattr(trainer.args, name, value)

@@ -45,7 +45,6 @@ class CalibrationConfig:
     max_context_tokens: int | None = option(
         None, "Leave out contexts that, with their reply, have more tokens than that: they cost memory and time."
     )
-    vary_harness: bool = option(False, "Show the contexts in four harnesses, task by task: no format gives them away.")
     anchor_weight: float = option(1.0, "Weight of the squared change of readings on passing twins.")
     side_weight: float = option(0.01, "Weight of the squared change of the other emotions on failing contexts.")
     norm_weight: float = option(1.0, "Weight of the guard on residual norms beyond 0.9 to 1.1 of the reference's.")
@@ -321,7 +320,6 @@ class CalibratedGRPOConfig(CalibrationConfig, GRPOConfig):
 
 _CONTEXT_OPTIONS = ("penalty_weight", "contexts_per_step", "anchor_weight", "side_weight", "norm_weight")
 _CONTEXT_OPTIONS += ("concept_weight", "concept_kl_weight", "header_weight", "reply_weight", "tool_weight")
-_CONTEXT_OPTIONS += ("vary_harness",)
 _AT_LEAST_ONE = ("text_anchor_every", "reply_tokens", "contexts_per_step", "max_tasks", "max_pairs", "anchor_texts")
 _AT_LEAST_ONE += ("refit_every", "refit_stories", "max_context_tokens")
 _ABOVE_ZERO = ("huber_delta", "header_weight", "reply_weight")

@@ -17,7 +17,7 @@ from trl import ModelConfig
 from calibrate import corpora, models
 from calibrate.corpora import Pair
 from calibrate.models import Checkpoint
-from calibrate.training import arms, estimate, harnesses
+from calibrate.training import arms, estimate
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibrationConfig
 from calibrate.training.objective import Data
 from calibrate.training.options import default, option
@@ -75,7 +75,6 @@ def prepare(args: Any, model_args: Any) -> Run:
     left_out = {failing.task for failing, _ in every} - {failing.task for failing, _ in twins}
     pairs = [p for p in corpora.load_pairs(args.pairs) if p.split == "train" and p.task not in left_out]
     pairs = arms.prompts_of(args.arm, pairs)
-    twins = harnesses.varied(twins) if args.vary_harness else twins
     if isinstance(args, CalibratedDPOConfig) and args.hinge_reply == "chosen":
         twins = with_chosen(twins, pairs)
     pairs = corpora.spread(pairs, args.max_pairs)

@@ -20,7 +20,6 @@ from calibrate.vectors import load_vectors
 _Trainer = Trainer if TYPE_CHECKING else object
 # Options that `runs.prepare` and recipes use; a trainer has its texts from `data`, and its model as it is.
 _OF_RECIPES = ("dry_run", "twins", "pairs", "neutral", "stories", "repairs", "max_tasks", "max_pairs", "blocks")
-_OF_RECIPES += ("vary_harness",)
 
 
 class CalibrationMixin(_Trainer):
