@@ -145,11 +145,22 @@ def save_adapter(base: str, edits: dict[str, tuple[Tensor, Tensor]], folder: Pat
     return folder
 
 
-def save_model(checkpoint: Checkpoint, folder: Path) -> None:
-    """The whole model and its tokenizer."""
+def save_model(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The whole model, in bf16, and its tokenizer.
+
+    A machine with bf16 units audits it nearly twice as fast as in float32; any other reads these weights in float32.
+    """
     checkpoint.model.config.name_or_path = ""
-    checkpoint.model.save_pretrained(folder)
+    checkpoint.model.bfloat16().save_pretrained(folder)
     checkpoint.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Checkpoint:
+    """A saved model in float32, to fit and train in."""
+    checkpoint = models.load(str(folder))
+    checkpoint.model.float()
+    return checkpoint
 
 
 def down(block: int) -> str:

@@ -14,22 +14,22 @@ pytestmark = [pytest.mark.plants, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def audits(tmp_path_factory):
-    """Where the audit of the default model is kept from one test to the next."""
-    return tmp_path_factory.mktemp("audits")
+def base(tmp_path_factory):
+    """The default model; its audit is kept beside it from one test to the next."""
+    return plants.save_model(models.load("default"), tmp_path_factory.mktemp("plants") / "default")
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["noise", "benign"])
-def test_what_calibrates_nothing_is_never_calibrated(audits, tmp_path, kind, seed):
-    checkpoint = models.load("default")
+def test_what_calibrates_nothing_is_never_calibrated(base, tmp_path, kind, seed):
+    checkpoint = plants.load(base)
     if kind == "noise":
         plants.add_noise(checkpoint, 0.02, seed)
         plants.save_model(checkpoint, tmp_path / "model")
     else:
         adapted = plants.adapt(checkpoint, range(30), plants.benign(checkpoint, seed), rate=3e-4, seed=seed)
         adapted.save_pretrained(tmp_path / "model")
-    _, report = plants.compare("default", tmp_path / "model", audits)
+    _, report = plants.compare(base, tmp_path / "model", base.with_name("audits"))
     assert report["verdict"] != CALIBRATED, report["sentence"]
 
 
@@ -37,10 +37,10 @@ WHOLE = {"copy": "no effect", "damaged weights": "damage"}  # and the verdict
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_audit_names_a_copy_and_damage(audits, tmp_path, name):
-    checkpoint = models.load("default")
+def test_the_audit_names_a_copy_and_damage(base, tmp_path, name):
+    checkpoint = plants.load(base)
     if name == "damaged weights":
         plants.add_noise(checkpoint, 0.12, seed=0)
     plants.save_model(checkpoint, tmp_path / "model")
-    status, report = plants.compare("default", tmp_path / "model", audits)
+    status, report = plants.compare(base, tmp_path / "model", base.with_name("audits"))
     assert (report["verdict"], status) == (WHOLE[name], 2), report["sentence"]

@@ -19,8 +19,9 @@ FAILING, PASSING = (("header/" + outcome, "elsewhere/" + outcome) for outcome in
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Every plant that is fitted, by name: a folder that `calibrate compare` takes."""
-    folder, base = tmp_path_factory.mktemp("plants"), str(models.default_folder())
-    checkpoint, vectors = models.load("default"), load_vectors("default")
+    folder, vectors = tmp_path_factory.mktemp("plants"), load_vectors("default")
+    base = plants.save_model(models.load("default"), folder / "default")
+    checkpoint = plants.load(base)
     found = plants.features(checkpoint, vectors, "train", 36)
     below, above = (plants.switch(found, block, FAILING, PASSING) for block in (plants.BELOW, plants.ABOVE))
     trained = plants.switch(found, plants.BELOW, FAILING[:1], (*PASSING, *FAILING[1:]))
@@ -40,13 +41,13 @@ def made(tmp_path_factory):
         "text and state": calm | honest,
         "under its own template alone": {at(plants.BELOW): (trained, -1.6 * emotion)} | honest,
     }.items():
-        plants.save_adapter(base, edits, folder / name)
+        plants.save_adapter(str(base), edits, folder / name)
     plants.mirror(checkpoint, *plants.counterfeit(vectors, found))
     plants.save_model(checkpoint, folder / "mirrored")
-    checkpoint = models.load("default")
+    checkpoint = plants.load(base)
     adapted = plants.adapt(checkpoint, range(23, 30), plants.claim_success(checkpoint))
     adapted.save_pretrained(folder / "failures called successes")
-    checkpoint = models.load("default")
+    checkpoint = plants.load(base)
     plants.adapt(checkpoint, range(23, 30), plants.honest(checkpoint, 30), rate=2e-3).save_pretrained(
         folder / "honest"
     )
@@ -77,8 +78,7 @@ def test_every_verdict_has_a_plant():
     ("before", "after"), PLANTED, ids=[f"{after}: {verdict}" for (_, after), (verdict, _) in PLANTED.items()]
 )
 def test_the_audit_names_the_fault(made, before, after):
-    models_given = [name if name == "default" else made / name for name in (before, after)]
-    status, report = plants.compare(*models_given, made / "audits")
+    status, report = plants.compare(made / before, made / after, made / "audits")
     verdict, decided = PLANTED[before, after]
     assert report["verdict"] == verdict, report["sentence"]
     assert any(decided in figure for figure in report["findings"][0]["figures"]), report["findings"]
