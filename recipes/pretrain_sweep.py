@@ -21,7 +21,7 @@ import figures
 import numpy as np
 import yaml
 from pretrain import SELECTIONS, claim  # the scripts beside this one
-from sweep import calibrate, call
+from sweep import calibrate, call, check_texts
 
 from calibrate import stats
 from calibrate.audit import readers
@@ -53,7 +53,8 @@ def row_of(name: str, selection: str, before: Record, after: Record) -> dict[str
     change = readers.compare(before, after).figures
     loss = change["loss_change"]
     found["perplexity"] = [100 * float(np.expm1(value)) for value in loss] if loss else None
-    return {"run": name, "selection": selection} | found | {key: change[key] for key in ("margin", "emotion_change")}
+    found |= {"run": name, "selection": selection, "texts": before.options["corpora"]}
+    return found | {key: change[key] for key in ("margin", "emotion_change")}
 
 
 def header(record: Record, kind: str) -> np.ndarray:
@@ -133,6 +134,7 @@ def main(words: list[str]) -> None:
                 print(f"{row}: this run is finished; nothing to do", flush=True)
                 continue
             before, folder = audit(model, arguments.out / "before"), arguments.out / name
+            check_texts(results, name, before.options["corpora"])
             call(
                 sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.launcher,
                 HERE / "pretrain.py", "--config", arguments.config, "--selection", selection, "--seed", seed,

@@ -168,6 +168,7 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
     """Writes the row of a run that is trained and audited, and the comparison anew."""
     quantile = float(options.get("ceiling_quantile", arguments.quantile))
     found = row_of(name, arm, arguments.out / "before", arguments.out / name / "audit", quantile)
+    check_texts(arguments.results, name, found["texts"])
     row = arguments.results / name / "row.json"
     row.parent.mkdir(parents=True, exist_ok=True)
     figures.put(row, json.dumps(found, indent=1))
@@ -175,13 +176,26 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
     print(f"{row}: written", flush=True)
 
 
+def check_texts(results: Path, name: str, texts: str) -> None:
+    """Ends the sweep where the folder has rows of audits that read other texts: their figures are not comparable."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*/row.json")]
+    if others := sorted(row["run"] for row in rows if row.get("texts") != texts):
+        sys.exit(
+            f"error: {name} is audited on other texts than {others[0]} in {results} (by another version, or the "
+            "corpora were changed); give another `--results`, what is in `--out` serves it too"
+        )
+
+
 def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
-    """Name, arm, distance to the ceiling, hinge, and all of a comparison: figures with 95 % intervals, and by task."""
+    """Name, arm, distance to the ceiling, hinge, and all of a comparison: figures with 95 % intervals, and by task.
+
+    `texts` is the digest of what both audits read.
+    """
     records = [load_record(folder) for folder in (before, after)]
     change = readers.compare(*records)
     excess = above_ceiling(*records, quantile)
     huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
-    found = {"excess": stats.mean(excess), "hinge": stats.mean(huber)}
+    found = {"excess": stats.mean(excess), "hinge": stats.mean(huber), "texts": records[0].options["corpora"]}
     return {"run": name, "arm": arm} | found | change.figures | {"by_task": change.by_task}
 
 

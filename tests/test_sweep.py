@@ -33,13 +33,16 @@ class Sweep:
         self.config = tmp_path / "dpo.yaml"
         self.config.write_text(yaml.safe_dump({"model_name_or_path": "tiny", "vectors": "vectors/train", "seed": 0}))
         monkeypatch.setattr(sweep, "call", lambda *words: self.commands.append([str(word) for word in words]))
-        monkeypatch.setattr(sweep, "load_record", lambda folder: folder)
+        self.texts = "digest"
+        monkeypatch.setattr(
+            sweep, "load_record", lambda folder: SimpleNamespace(folder=folder, options={"corpora": self.texts})
+        )
         monkeypatch.setattr(sweep.readers, "compare", self.compare)
         monkeypatch.setattr(sweep, "above_ceiling", lambda *_: np.array([-1.0, 0.4, 3.0]))
 
     def compare(self, before, after):
-        assert before == self.out / "before"
-        fall = float(len(after.parent.name))
+        assert before.folder == self.out / "before"
+        fall = float(len(after.folder.parent.name))
         found = dict.fromkeys(("fall_failing", "fall_passing", "kl"), Interval(fall, fall - 1, fall + 1))
         return SimpleNamespace(figures=dict.fromkeys(FIGURES) | found, by_task={})
 
@@ -205,6 +208,15 @@ def test_results_of_other_settings_are_refused(sweep):
     with pytest.raises(SystemExit, match=r"holds a sweep with other settings \(differing: max_tasks, rest\); choose"):
         sweep("--arms", "none", "--max-tasks", "3", "--", "--max_steps", "1")
     assert sweep.commands == []
+
+
+def test_audits_of_other_texts_are_not_put_beside_one_another(sweep):
+    sweep("--arms", "none")
+    sweep.texts = "another"
+    with pytest.raises(SystemExit, match=r"error: none-seed1 is audited on other texts than none-seed0 in .*sweep \("):
+        sweep("--arms", "none", "--seeds", "0", "1")
+    assert [path.parent.name for path in sweep.out.glob("*/row.json")] == ["none-seed0"]
+    sweep("--arms", "none", "--seeds", "1", "--results", str(sweep.out.with_name("others")))
 
 
 def test_a_command_that_fails_ends_the_sweep_and_says_how_to_go_on():

@@ -164,8 +164,8 @@ def test_a_folder_is_of_one_run(scored):
 def test_a_row_by_hand():
     """Calm (axis 1) rises by 1.5 on failing contexts, all else stays; a loss of 2.01 for 2: perplexity + 1.005 %."""
     vectors = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2])
-    before = make_record(vectors, {"failing": {0: LEVELS, 1: 0.5}}, loss=2.0)
-    after = make_record(vectors, {"failing": {0: LEVELS, 1: 2.0}}, loss=2.01)
+    before = make_record(vectors, {"failing": {0: LEVELS, 1: 0.5}}, loss=2.0, options={"corpora": "digest"})
+    after = make_record(vectors, {"failing": {0: LEVELS, 1: 2.0}}, loss=2.01, options={"corpora": "digest"})
     row = pretrain_sweep.row_of("curated-seed0", "curated", before, after)
     assert (row["run"], row["selection"]) == ("curated-seed0", "curated")
     assert row["calm_failing"][0] == pytest.approx(1.5, abs=1e-4)
@@ -195,8 +195,8 @@ def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain_sweep, "call", lambda *words: commands.append(("train", *map(str, words))))
     monkeypatch.setattr(pretrain_sweep, "calibrate", lambda *words: commands.append(tuple(map(str, words))))
     records = {
-        "before": make_record(vectors, BASELINE),
-        "audit": make_record(vectors, {"failing": {1: 0.5}, "neutral": {1: 0.5}}),
+        "before": make_record(vectors, BASELINE, options={"corpora": "digest"}),
+        "audit": make_record(vectors, {"failing": {1: 0.5}, "neutral": {1: 0.5}}, options={"corpora": "digest"}),
     }
     monkeypatch.setattr(pretrain_sweep, "load_record", lambda folder: records[folder.name])
     config = tmp_path / "pretrain.yaml"
@@ -218,6 +218,14 @@ def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
         told = r"out was begun with other settings \(differing: \w+\); choose another `--results` or delete it"
         with pytest.raises(SystemExit, match=told):
             pretrain_sweep.main([*words, *more])
+    commands.clear()
+    for record in records.values():
+        record.options["corpora"] = "of another version"
+    with pytest.raises(
+        SystemExit, match=r"^error: valence-seed3 is audited on other texts than curated-seed3 in .*out "
+    ):
+        pretrain_sweep.main([*words, "random", "valence", "--", "--tokens", "512"])
+    assert [command[:2] for command in commands] == [("audit", "tiny")]  # before anything is trained
     table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     assert [line.split(" |")[0] for line in table[2:4]] == ["| curated-seed3", "| random-seed3"]
     assert sum("correlation of changes" in line for line in table) == 2
