@@ -95,7 +95,7 @@ def test_suppression_shows_what_the_replies_owe_to_text_and_to_state():
     figures = CALIBRATED | {"fall_failing": NOTHING, "gain": FALL, "fall_text": Interval(0.5, 0.4, 0.6)}
     findings = {f.outcome: f for f in judge(figures).findings}
     assert [line for line in findings["suppression"].figures if "by the text" in line] == [
-        "part of it by the text: either model reads the other's reply (sigma): 0.5 [0.4, 0.6]"
+        "part of that fall by the text: either model reads the other's reply (sigma): 0.5 [0.4, 0.6]"
     ]
     missing = judge(figures | {"fall_text": None})
     assert [(f.outcome, f.otherwise) for f in missing.findings] == [(n, f.otherwise) for n, f in findings.items()]
@@ -122,6 +122,8 @@ def test_all_that_fire_are_listed_with_figures_and_what_would_undo_them(tmp_path
         "KL(reference || checkpoint) on neutral text (nats per token): 0.3 [0.2, 0.4], low > 0.1",
     ]
     assert damage.otherwise == ["loss_change.low <= 0.05", "kl.low <= 0.1"]
+    (said,) = evasion.figures  # two bounds of one figure are said once
+    assert said.endswith("from other stories (0 genuine, 1 evasion): 0.9 [0.5, 1], estimate > 0.25 and low > 0")
     assert evasion.otherwise == ["evasion.estimate <= 0.25 or evasion.low <= 0"]  # the other clause did not fire
     assert judged.sentence == f"worse text ({'; '.join(damage.figures)})"
 

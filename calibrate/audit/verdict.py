@@ -115,10 +115,13 @@ def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
         if missing and not fired:
             not_tested[outcome.name] = f"needs {', '.join(missing)}"
         if fired:
-            said = dict.fromkeys(_say(one, figures) for together in fired for one in together)
+            said: dict[str, list[str]] = {}  # by figure: two inequalities of one are said once
+            for one in dict.fromkeys(one for together in fired for one in together):
+                said.setdefault(one.figure, []).append(f"{one.side} {one.relation} {one.threshold:g}")
+            why = [f"{FIGURES[name]}: {_show(figures[name])}, {' and '.join(bounds)}" for name, bounds in said.items()]
             beside = [f"{FIGURES[name]}: {_show(figures[name])}" for name in outcome.shown if figures[name]]
             otherwise = [" or ".join(_say_opposite(one) for one in together) for together in fired]
-            findings.append(Finding(outcome.name, outcome.means, [*said, *beside], otherwise))
+            findings.append(Finding(outcome.name, outcome.means, [*why, *beside], otherwise))
     if not findings:
         names = ("fall_failing", "specificity", "fall_own", "gain")
         shown = [f"{FIGURES[name]}: {_show(figures[name])}" for name in names if figures[name]]
@@ -126,11 +129,6 @@ def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
         means += f"; not tested: {'; '.join(f'{n} ({why})' for n, why in not_tested.items())}" if not_tested else ""
         findings = [Finding(CALIBRATED, means, shown, [])]
     return Verdict(findings[0].outcome, findings, not_tested)
-
-
-def _say(one: Inequality, figures: Figures) -> str:
-    interval = figures[one.figure]
-    return f"{FIGURES[one.figure]}: {_show(interval)}, {one.side} {one.relation} {one.threshold:g}"
 
 
 def _say_opposite(one: Inequality) -> str:
