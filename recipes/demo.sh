@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 RUN=runs/demo
-CONFIG=recipes/smollm2-135m/dpo.yaml
+CONFIG=recipes/smollm2-135m/dpo-small.yaml
 AUDIT="--max-tasks 12 --max-concepts 43"
 
 step() { printf '\n== %s\n' "$*"; }
