@@ -140,7 +140,7 @@ def test_the_recipe_end_to_end(tiny_folder, tiny_vectors, tmp_path, monkeypatch)
     assert list(lines) == names
     assert re.fullmatch(r"[\d,]+ in all, 24,576 trained", lines["parameters"])  # of rank 16
     assert re.match(r"[\d.]+ s of the task alone, [\d.]+ s with the calibration terms", lines["micro-step"])
-    assert re.fullmatch(r"2 optimiser steps of 1 micro-step\(s\): \d\.\d minutes .*", lines["whole run"])
+    assert re.fullmatch(r"2 optimiser steps of 2 micro-step\(s\): \d\.\d minutes .*", lines["whole run"])
 
 
 def test_a_dry_run_changes_no_real_one(tiny_folder, tiny_vectors, tmp_path, monkeypatch, capsys):
