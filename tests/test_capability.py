@@ -68,6 +68,6 @@ def test_what_cannot_be_run_is_refused_before_anything_is_read(tmp_path, monkeyp
         capability.check([str(tmp_path / "no.yaml")])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"needs lm-eval, which is not installed; run `pip install 'calibrate\[lm-eval\]'`"
+        ValueError, match=r"needs lm-eval, which is not installed; run `pip install 'lm-eval\[hf\]>=0.4.13'`"
     ):
         capability.check(["arc_easy"])

@@ -21,7 +21,7 @@ def check(tasks: list[str]) -> None:
         ValueError: lm-eval is not installed, or a task is neither one that it knows nor a YAML file.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("`--lm-eval` needs lm-eval, which is not installed; run `pip install 'calibrate[lm-eval]'`")
+        raise ValueError("`--lm-eval` needs lm-eval, which is not installed; run `pip install 'lm-eval[hf]>=0.4.13'`")
     for task in _named(tasks):
         if task not in _manager(True).all_tasks:
             raise ValueError(
