@@ -30,7 +30,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from calibrate import activations, corpora, models, stats
-from calibrate.training import arms, runs
+from calibrate.training import adapters, arms
 from calibrate.training.configs import CalibratedDPOConfig
 from calibrate.training.monitor import ReadingMonitor
 from calibrate.training.objective import Data
@@ -60,7 +60,7 @@ def make(kind: type, folder: str, pairs: int):
     calibrated = CalibratedDPOConfig(
         vectors="default", penalty_weight=1.0, max_context_tokens=MAX_CONTEXT_TOKENS, **options
     )
-    runs.keep_below_band(lora, calibrated)  # the plain run too: the same parameters are trained
+    adapters.keep_below_band(lora, calibrated)  # the plain run too: the same parameters are trained
     if kind is DPOTrainer:
         return DPOTrainer(args=DPOConfig(**options), **shared)
     dialogues = [row for row in corpora.load_neutral() if row.split == "train"]
@@ -81,7 +81,9 @@ def measure(trainer, batch: dict, first: int) -> float:
     start = clock()
     for step in range(MICRO_STEPS):
         trainer.state.global_step = first + step
-        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        with trainer.compute_loss_context_manager():  # autocast, on a GPU
+            loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
         trainer.model.zero_grad()
     return clock() - start
 
@@ -111,14 +113,17 @@ def bare(trainer, first: int) -> tuple[float, float]:
         sequences, text = texts_of(trainer, step)
         start = clock()
         batch = activations.collate(list(range(len(sequences))), sequences, device)
-        with models.cut_after(model, max(trainer._calibration.layers)):
-            model(**batch.inputs, use_cache=False, logits_to_keep=1).logits.mean().backward()
+        with models.cut_after(model, max(trainer._calibration.layers)), trainer.compute_loss_context_manager():
+            loss = model(**batch.inputs, use_cache=False, logits_to_keep=1).logits.mean()
+        loss.backward()
         contexts += clock() - start
         if text:
             start = clock()
             batch = activations.collate([0], [text.ids], device)
             at = torch.tensor(text.positions, device=device)
-            model(**batch.inputs, use_cache=False, logits_to_keep=at).logits.mean().backward()
+            with trainer.compute_loss_context_manager():
+                loss = model(**batch.inputs, use_cache=False, logits_to_keep=at).logits.mean()
+            loss.backward()
             texts += clock() - start
         model.zero_grad()
     return contexts, texts
@@ -129,7 +134,9 @@ def terms(trainer, first: int) -> float:
     objective, model, start = trainer._calibration, trainer.model, clock()
     for step in range(MICRO_STEPS):
         trainer.state.global_step = first + step
-        objective(trainer.accelerator.unwrap_model(model), torch.zeros(())).backward()
+        with trainer.compute_loss_context_manager():
+            loss = objective(trainer.accelerator.unwrap_model(model), torch.zeros(()))
+        loss.backward()
         model.zero_grad()
     return clock() - start
 
@@ -138,7 +145,7 @@ def refit(trainer) -> float:
     """Seconds of one refit, which comes every `refit_every` steps."""
     objective, start = trainer._calibration, clock()
     trainer.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), trainer.compute_loss_context_manager():
         objective.pressure.refit.measure(lambda texts: objective._mean_states(trainer.model, texts))
     trainer.model.train()
     return clock() - start
@@ -159,7 +166,7 @@ def times(pairs: int, rounds: int) -> None:
         task = int(batch["attention_mask"].sum()) * MICRO_STEPS
         for trainer in (plain, ours):
             trainer.model.train()
-            trainer.compute_loss(trainer.model, dict(batch))  # the first pass is slower
+            measure(trainer, batch, 0)  # the first passes are slower
         seconds: dict[str, list[float]] = {"plain": [], "calibrated": []}
         extra = 0
         for number in range(rounds):
@@ -213,7 +220,8 @@ def monitor() -> None:
         for batch in batches:
             steps.append(measure(trainer, trainer._prepare_inputs(batch), 0) / MICRO_STEPS)
             start = clock()
-            watch._read()
+            with trainer.compute_loss_context_manager():
+                watch._read()
             reads.append(clock() - start)
     print(f"step: median {statistics.median(steps):.2f} s; reading: median {statistics.median(reads):.2f} s")
     found = ratio(np.array(reads), np.array(steps) * watch.every)

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from test_trainers import NO_ANCHORS, make, shuffled_vectors, train, weights  # noqa: F401  (two are fixtures)
+from test_trainers import NO_ANCHORS, PAIRS, make, shuffled_vectors, train, weights  # noqa: F401  (two are fixtures)
 
 from calibrate import steering
 from calibrate.corpora import Pair
@@ -100,6 +101,12 @@ def test_steered_arms_change_the_training_pass_alone(make):  # noqa: F811
         steered = train(make(str(arm), arm=str(arm), max_steps=2, steer_dose=0.5))
         assert steered[0]["logps/chosen"] != plain[0]["logps/chosen"]
         assert steered[0]["loss"] == pytest.approx(plain[0]["loss"])  # at the reference DPO cannot tell replies apart
+    one, *others = (
+        make(f"{arm}-read", arm=str(arm), steer_dose=0.5, eval_dataset=Dataset.from_list(PAIRS)).evaluate()
+        for arm in (Arm.NONE, Arm.STEER, Arm.ABLATE)
+    )
+    for other in others:
+        assert other["eval_logps/chosen"] == one["eval_logps/chosen"]
 
 
 def test_steering_at_fewer_layers_than_there_are_is_said(tiny, tiny_vectors, caplog):

@@ -98,6 +98,8 @@ def test_a_refused_option_is_one_line_of_a_failing_command(tiny_folder, tiny_vec
         ("dpo", {"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
         ("dpo", {"dtype": "float32"}, "error: `dtype` is 'float32', which this recipe does not use; remove it"),
         ("dpo", {"model_revision": "v1"}, "error: `model_revision` is 'v1', which is of models on the Hub; .* remove"),
+        ("dpo", {"sync_ref_model": "true"}, "error: .*sync_ref_model"),
+        ("dpo", {"optim": "adamw_bnb_8bit"}, "error: .*bitsandbytes"),
         ("dpo", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
         ("sft", {"concepts": "serene"}, "error: these vectors have no concept 'serene'"),
         ("sft", {"max_length": 16}, "error: no training example is left: with `max_length` 16 every prompt is cut"),

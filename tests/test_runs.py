@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
 
 from calibrate import corpora, models
-from calibrate.training import runs
+from calibrate.training import adapters, runs
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig
 from calibrate.vectors import load_vectors
 
@@ -53,7 +53,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, tiny_vectors):
 )
 def test_options_that_would_be_ignored_are_refused(tmp_path, section, name, value):
     training = CalibratedDPOConfig(vectors="v", output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    model = ModelConfig(use_peft=True, lora_r=4)
+    model = ModelConfig("tiny", use_peft=True, lora_r=4)
     runs.refuse_unused(training, model)
     setattr(model if section == "model" else training, name, value)
     with pytest.raises(ValueError, match=f"`{name}` is .*which this recipe does not use"):
@@ -75,13 +75,27 @@ def test_a_launcher_with_another_precision_is_refused(tmp_path, monkeypatch):
         args = CalibratedDPOConfig(**options, **own)
         message = f"the launcher's `mixed_precision` is '{launched}', but `bf16` is {args.bf16} and `fp16` is False; "
         with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
-            runs.refuse_unused(args, ModelConfig())
+            runs.refuse_unused(args, ModelConfig("tiny"))
 
 
 def test_a_checkpoint_without_its_optimiser_is_refused(tmp_path):
     options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     with pytest.raises(ValueError, match=r"`save_only_model` is True, but this recipe resumes by itself.*; remove it"):
-        runs.refuse_unused(CalibratedDPOConfig(**options, save_only_model=True), ModelConfig(use_peft=True))
+        runs.refuse_unused(CalibratedDPOConfig(**options, save_only_model=True), ModelConfig("tiny", use_peft=True))
+
+
+def test_a_model_must_be_named_and_what_reports_installed(tmp_path, monkeypatch):
+    options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    with pytest.raises(ValueError, match="`model_name_or_path` is not given; name a folder, a model on the Hub, or"):
+        runs.refuse_unused(CalibratedDPOConfig(**options), ModelConfig())
+    args = CalibratedDPOConfig(**options, report_to=["wandb", "trackio"])
+    for installed, message in (
+        (["wandb", "trackio", "mlflow"], None),
+        (["trackio"], "`report_to` names wandb, which is not installed; install it, or remove it"),
+    ):
+        monkeypatch.setattr(runs, "get_available_reporting_integrations", lambda found=installed: found)
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            runs.refuse_unused(args, ModelConfig("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +104,13 @@ def test_a_checkpoint_without_its_optimiser_is_refused(tmp_path):
 )
 def test_options_of_lora_without_lora_are_refused(tmp_path, change):
     options = {"vectors": "v", "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-    runs.refuse_unused(CalibratedDPOConfig(**options, adapt_above_band=True), ModelConfig(use_peft=True, **change))
-    runs.refuse_unused(CalibratedDPOConfig(**options), ModelConfig())
+    runs.refuse_unused(
+        CalibratedDPOConfig(**options, adapt_above_band=True), ModelConfig("tiny", use_peft=True, **change)
+    )
+    runs.refuse_unused(CalibratedDPOConfig(**options), ModelConfig("tiny"))
     for config, model, name in (
-        (CalibratedDPOConfig(**options), ModelConfig(**change), next(iter(change))),
-        (CalibratedDPOConfig(**options, adapt_above_band=True), ModelConfig(), "adapt_above_band"),
+        (CalibratedDPOConfig(**options), ModelConfig("tiny", **change), next(iter(change))),
+        (CalibratedDPOConfig(**options, adapt_above_band=True), ModelConfig("tiny"), "adapt_above_band"),
     ):
         with pytest.raises(ValueError, match=f"`{name}` is .*, which is of LoRA; set `use_peft: true`, or remove it"):
             runs.refuse_unused(config, model)
@@ -110,18 +126,64 @@ def test_parameters_that_lora_would_adapt_in_every_block_are_refused(tiny, tiny_
     with pytest.raises(
         ValueError, match=r"`lora_target_parameters` is .*adapts above the band too; use `lora_target_m"
     ):
-        runs.keep_below_band(lora, args)
+        adapters.keep_below_band(lora, args)
     args.adapt_above_band = True
-    runs.keep_below_band(lora, args)
+    adapters.keep_below_band(lora, args)
 
 
 def test_modules_that_are_trained_whole_above_the_band_are_refused(tiny_vectors, tmp_path):
     args = CalibratedDPOConfig(vectors=str(tiny_vectors), output_dir=str(tmp_path), use_cpu=True, bf16=False)
     lora = LoraConfig(modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"`lora_modules_to_save` is \['lm_head'\], .* above the band too; remove it"):
-        runs.keep_below_band(lora, args)
+        adapters.keep_below_band(lora, args)
     args.adapt_above_band = True
-    runs.keep_below_band(lora, args)
+    adapters.keep_below_band(lora, args)
+
+
+def test_a_pattern_of_modules_is_refused_because_peft_matches_it_in_every_block(tiny_folder, tiny_vectors, tmp_path):
+    escaped = LoraConfig(target_modules=r".*\.q_proj")
+    escaped.layers_to_transform = [0, 1, 2]  # PEFT itself refuses the two together, where both are given at once
+    found = get_peft_model(models.load(str(tiny_folder)).model, escaped)
+    assert any("layers.4." in name for name, part in found.named_parameters() if part.requires_grad)
+    args = CalibratedDPOConfig(vectors=str(tiny_vectors), output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=r"`lora_target_modules` is '.*q_proj', which PEFT takes for a pattern"):
+        adapters.keep_below_band(LoraConfig(target_modules=r".*\.q_proj"), args)
+    args.adapt_above_band = True
+    adapters.keep_below_band(LoraConfig(target_modules=r".*\.q_proj"), args)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "refused"),
+    [
+        ("k_proj", [0, 1], False),
+        ("layers.1.self_attn.k_proj", [0, 1], False),
+        ("layers.3.self_attn.k_proj", [0, 1], True),
+        ("embed_tokens", [0, 1], True),  # of no block
+        ("embed_tokens", None, False),
+        ("c_attn", [0, 1], True),
+        ("c_attn", None, True),
+    ],
+)
+def test_a_module_that_peft_would_leave_out_is_refused(tiny, name, blocks, refused):
+    lora = LoraConfig(target_modules=["q_proj", name], layers_to_transform=blocks)
+    message = f"`lora_target_modules` has '{name}', and no block that is adapted has a module of that name; leave it"
+    with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+        adapters.refuse_unmatched(lora, tiny.model)
+
+
+def test_an_adapter_that_leaves_its_blocks_is_refused(tiny_folder):
+    """A module that is named in full is adapted in whatever block it is."""
+    for name, blocks, refused in (
+        ("model.layers.2.self_attn.k_proj", [0, 1, 2], False),
+        ("model.layers.4.self_attn.k_proj", [0, 1, 2], True),
+        ("model.layers.4.self_attn.k_proj", 2, True),
+        ("v_proj", 2, False),
+    ):
+        lora = LoraConfig(target_modules=["q_proj", name], layers_to_transform=blocks)
+        found = get_peft_model(models.load(str(tiny_folder)).model, lora)
+        message = r"the adapter is to stay in blocks \d to 2, but adapts '.*layers.4.self_attn.k_proj'; name modules"
+        with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+            adapters.refuse_outside(found, anywhere=True)
 
 
 def test_a_recipe_can_name_the_blocks(tiny_folder, tiny_vectors, tmp_path):
@@ -188,7 +250,7 @@ def test_a_dtype_or_revision_that_would_do_nothing_is_refused(tiny_folder, tmp_p
     args = CalibratedDPOConfig(vectors="v", output_dir=str(tmp_path), use_cpu=True, bf16=False)
     runs.refuse_unused(args, runs.ModelOptions(model_name_or_path="owner/model", model_revision="v1"))
     with pytest.raises(ValueError, match="`dtype` is 'float32', which this recipe does not use; remove it"):
-        runs.refuse_unused(args, runs.ModelOptions(dtype="float32"))
+        runs.refuse_unused(args, runs.ModelOptions("tiny", dtype="float32"))
     for name in ("default", str(tiny_folder)):
         runs.refuse_unused(args, runs.ModelOptions(model_name_or_path=name))
         with pytest.raises(ValueError, match=f"`model_revision` is 'v1', .* '{name}' is none of them, so remove it"):

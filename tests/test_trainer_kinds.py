@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from calibrate import corpora, models
-from calibrate.training import arms, rewards, runs
+from calibrate.training import adapters, arms, rewards
 from calibrate.training.configs import CalibratedGRPOConfig, CalibratedSFTConfig
 from calibrate.training.objective import Data
 from calibrate.training.trainers import CalibratedGRPOTrainer, CalibratedSFTTrainer
@@ -59,7 +59,7 @@ def make(tiny_folder, tiny_vectors, tmp_path):
             return kind(args=(GRPOConfig if grpo else SFTConfig)(**options), **shared)
         config = CalibratedGRPOConfig if grpo else CalibratedSFTConfig
         args = config(**{"vectors": str(tiny_vectors)} | options)
-        runs.keep_below_band(shared["peft_config"], args)
+        adapters.keep_below_band(shared["peft_config"], args)
         shared["data"] = Data(TWINS, TEXTS["dialogues"], TEXTS["stories"], prepared=True)
         return kind(args=args, weight_hash=checkpoint.weight_hash, **shared | (parts or {}))
 
@@ -245,6 +245,14 @@ def test_without_an_adapter_there_is_no_reference_to_read_with(make):
         make(CalibratedGRPOTrainer, lora=False, auroc_gate=0.0)
     logged = train(make(CalibratedGRPOTrainer, lora=False, auroc_gate=0.0, reading_by="policy", max_steps=1))
     assert "rewards/reading/mean" in logged[0]
+
+
+def test_a_reward_by_reading_refuses_a_launch_that_would_not_read_the_whole_model(make):
+    trainer = make(CalibratedGRPOTrainer, auroc_gate=0.0)
+    trainer._check_supported()
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs in one process .*DataParallel"):
+        trainer._check_supported()
 
 
 def test_an_adapter_that_is_there_already_is_read_without(make, tiny_folder):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from trl import DPOTrainer
 
 from calibrate import default_model, models
-from calibrate.training import readings, runs
+from calibrate.training import adapters, readings
 from calibrate.training.objective import Data
 from calibrate.vectors import load_vectors
 
@@ -231,7 +231,7 @@ def test_what_recipes_alone_use_is_refused_by_a_trainer(make):  # noqa: F811
 
 
 def test_an_adapter_above_the_band_is_refused_unless_it_is_asked_for(make, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(runs, "keep_below_band", lambda *_: None)
+    monkeypatch.setattr(adapters, "keep_below_band", lambda *_: None)
     for arm in ("none", "hinge-refit"):
         with pytest.raises(ValueError, match=r"the adapter has no `layers_to_transform`.*`adapt_above_band: true`"):
             make(arm=arm)
@@ -320,6 +320,10 @@ def test_a_run_stops_when_the_ceiling_is_met_and_resumed_it_stops_at_the_same_st
     again = make("again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-5"))
     assert again.state.global_step == 8
+    # A run that went on from the step at which it stopped would make another one, so that step is not kept.
+    third = make("third", **options | {"save_steps": 4})
+    train(third)
+    assert [path.name for path in (tmp_path / "third").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize(

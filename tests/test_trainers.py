@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from calibrate import activations, corpora, extraction, models, shards
-from calibrate.training import readings, runs
+from calibrate.training import adapters, readings, runs
 from calibrate.training.configs import CalibratedDPOConfig
 from calibrate.training.objective import Data
 from calibrate.training.trainers import CalibratedDPOTrainer
@@ -75,7 +75,7 @@ def make(tiny_folder, tiny_vectors, tmp_path):
                 shared["peft_config"].layers_to_transform = [0, 1, 2]  # up to the band, as in every arm
             return DPOTrainer(args=DPOConfig(**options), **shared)
         args = CalibratedDPOConfig(**{"vectors": str(tiny_vectors)} | options)
-        runs.keep_below_band(shared["peft_config"], args)
+        adapters.keep_below_band(shared["peft_config"], args)
         weight_hash = weight_hash or checkpoint.weight_hash
         data = Data(twins, TEXTS["dialogues"], stories, prepared)
         return kind(args=args, data=data, weight_hash=weight_hash, **shared)

@@ -136,7 +136,10 @@ def auroc(above: np.ndarray, below: np.ndarray) -> float:
 def tests_pass(
     completions: list, files: list[str], command: list[list[str]], code_file: list[str], **_
 ) -> list[float]:
-    """1 where the tests pass with the code block that a completion holds, else 0; run in the sandbox.
+    """1 where the tests' command ends with status 0 with the code block that a completion holds, else 0.
+
+    It runs in the sandbox. It can be gamed, by code that ends the process or is equal to everything: whether training
+    taught that is for the audit to see, which knows the signs.
 
     Args:
         files: JSON of the other files, by relative path, for each completion.

@@ -12,19 +12,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig
+from yaml import YAMLError
 
 from calibrate import corpora, models
 from calibrate.corpora import Pair
 from calibrate.models import Checkpoint
-from calibrate.training import arms, estimate
-from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibrationConfig
+from calibrate.training import adapters, arms, estimate
+from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig
 from calibrate.training.objective import Data
 from calibrate.training.options import default, option
 from calibrate.vectors import load_vectors
 
 logger = logging.getLogger(__name__)
 FINISHED = "finished"
+# What users' mistakes raise, in TRL and transformers too: a package that is not installed, two options that do not go.
+USER_ERRORS = (ValueError, FileNotFoundError, YAMLError, ImportError, NotImplementedError)
 # Options that change where and how a run reports, not what it computes.
 _NO_MATTER = {
     "output_dir",
@@ -88,7 +92,8 @@ def prepare(args: Any, model_args: Any) -> Run:
     from trl import get_peft_config
 
     peft_config = get_peft_config(model_args)
-    keep_below_band(peft_config, args)
+    adapters.keep_below_band(peft_config, args)
+    adapters.refuse_unmatched(peft_config, checkpoint.model)
     data = Data(twins, dialogues, stories, prepared=True)
     content = [twins, dialogues, stories, pairs, checkpoint.weight_hash]
     if isinstance(args, CalibratedGRPOConfig):
@@ -165,19 +170,7 @@ def whole_model(args: Any) -> Generator[None]:
 
 def refuse_unused(args: Any, model_args) -> None:
     """Raises ValueError where an option is set that the recipe would not use: nothing is ignored in silence."""
-    used = {"model_name_or_path", "model_revision", "use_peft"}
-    for field in fields(model_args):
-        value = getattr(model_args, field.name)
-        lora = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
-        if field.name in used or (lora and model_args.use_peft) or value == default(field):
-            continue
-        wants = "is of LoRA; set `use_peft: true`, or remove it" if lora else "this recipe does not use; remove it"
-        raise ValueError(f"`{field.name}` is {value!r}, which {wants}")
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    if revision not in (None, "main") and (name == "default" or Path(str(name)).is_dir()):
-        raise ValueError(
-            f"`model_revision` is {revision!r}, which is of models on the Hub; {name!r} is none of them, so remove it"
-        )
+    refuse_model_options(model_args)
     if args.adapt_above_band and not model_args.use_peft:
         raise ValueError("`adapt_above_band` is True, which is of LoRA; set `use_peft: true`, or remove it")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # "no" where nobody chose
@@ -192,6 +185,8 @@ def refuse_unused(args: Any, model_args) -> None:
             "`save_only_model` is True, but this recipe resumes by itself, from checkpoints that hold the optimiser "
             "too; remove it"
         )
+    if missing := sorted({*args.report_to} - {*get_available_reporting_integrations()}):
+        raise ValueError(f"`report_to` names {', '.join(missing)}, which is not installed; install it, or remove it")
     for name in ("resume_from_checkpoint", "model_init_kwargs"):
         if value := getattr(args, name):
             raise ValueError(
@@ -200,26 +195,23 @@ def refuse_unused(args: Any, model_args) -> None:
             )
 
 
-def keep_below_band(peft_config, args: CalibrationConfig) -> None:
-    """Restricts a LoRA configuration to the blocks up to the band's last layer, unless the user chose the blocks.
-
-    Adapters above the band could undo there what the penalty does below (BLOCK-EM: 38 to 3 % against a return). In
-    every arm alike, so that arms differ in nothing else.
-    """
-    if peft_config is None or args.adapt_above_band or peft_config.layers_to_transform is not None:
-        return
-    if peft_config.target_parameters:  # PEFT finds them by name in every block
+def refuse_model_options(model_args) -> None:
+    """Raises ValueError where the model is not named, or one of its options would not be used."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is not given; name a folder, a model on the Hub, or `default`")
+    used = {"model_name_or_path", "model_revision", "use_peft"}
+    for field in fields(model_args):
+        value = getattr(model_args, field.name)
+        lora = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
+        if field.name in used or (lora and model_args.use_peft) or value == default(field):
+            continue
+        wants = "is of LoRA; set `use_peft: true`, or remove it" if lora else "this recipe does not use; remove it"
+        raise ValueError(f"`{field.name}` is {value!r}, which {wants}")
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if revision not in (None, "main") and (name == "default" or Path(str(name)).is_dir()):
         raise ValueError(
-            f"`lora_target_parameters` is {peft_config.target_parameters}, which LoRA adapts above the band too; use "
-            "`lora_target_modules`, or set `adapt_above_band: true`"
+            f"`model_revision` is {revision!r}, which is of models on the Hub; {name!r} is none of them, so remove it"
         )
-    if peft_config.modules_to_save:
-        raise ValueError(
-            f"`lora_modules_to_save` is {peft_config.modules_to_save}, which are trained whole, "
-            "above the band too; remove it, or set `adapt_above_band: true`"
-        )
-    band = args.layers or load_vectors(args.vectors).used_band()
-    peft_config.layers_to_transform = list(range(max(band) + 1))
 
 
 def claim(args: Any, model_args, data: list) -> str | None:
@@ -256,10 +248,10 @@ def claim(args: Any, model_args, data: list) -> str | None:
         )
     if (folder / "calibration" / "finished.json").is_file():
         return FINISHED
-    return _last_complete_checkpoint(folder)
+    return last_complete_checkpoint(folder)
 
 
-def _last_complete_checkpoint(folder: Path) -> str | None:
+def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that holds the file that is written last: a stop while saving leaves one without."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
@@ -295,7 +287,6 @@ def train(trainer: Any, run: Run) -> None:
 def main(recipe: Callable[[Any, Any], None], config: type) -> None:
     """Parses `--config FILE.yaml` and options, runs the recipe, and ends with one line where the user erred."""
     from trl import TrlParser
-    from yaml import YAMLError
 
     # PEFT looks the base model's vocabulary up on the Hub at every save, to see whether it was resized; it was not.
     warnings.filterwarnings("ignore", message="(Unable to fetch remote file|Could not find a config file)")
@@ -305,7 +296,7 @@ def main(recipe: Callable[[Any, Any], None], config: type) -> None:
     parser = TrlParser([config, ModelOptions])  # ty: ignore[invalid-argument-type]
     try:
         recipe(*parser.parse_args_and_config())
-    except (ValueError, FileNotFoundError, YAMLError) as error:
+    except USER_ERRORS as error:
         message = " ".join(str(error).split())  # on one line
         if "--chat-template" in message:  # the library names it, whoever calls it
             message += " (an option of `calibrate`; recipes have none of them)"

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from calibrate import models
-from calibrate.training import arms, rewards
+from calibrate.training import adapters, arms, rewards
 from calibrate.training.configs import CalibrationConfig
 from calibrate.training.objective import Data, Objective
 from calibrate.vectors import load_vectors
@@ -70,13 +70,7 @@ class CalibrationMixin(_Trainer):
     def _check_prepared(self, data: Data) -> None:
         """Refuses what `runs.prepare` does to texts, model and adapter, where nobody has done it."""
         args = self.args
-        for config in getattr(self.model, "peft_config", {}).values():
-            if not args.adapt_above_band and getattr(config, "layers_to_transform", None) is None:
-                raise ValueError(
-                    "the adapter has no `layers_to_transform`, so it adapts blocks above the band too; call "
-                    "`calibrate.training.runs.keep_below_band(peft_config, args)` first, or set `adapt_above_band: "
-                    "true`"
-                )
+        adapters.refuse_outside(self.model, args.adapt_above_band)
         gate = getattr(args, "auroc_gate", 0) and args.in_reward()  # reads `pairs` by itself
         for name in _OF_RECIPES if not data.prepared else ():
             if (value := getattr(args, name, None)) and not (gate and name == "pairs"):
@@ -99,10 +93,10 @@ class CalibrationMixin(_Trainer):
             return
         if getattr(self.accelerator.unwrap_model(self.model), "is_quantized", False):
             raise ValueError("the base is quantised, so its readings are not those of its vectors; load it in full")
-        adapters = getattr(self.model, "peft_config", {})
+        configs = getattr(self.model, "peft_config", {}).values()
         at_zero = ("lora_B", "lora_embedding_A")  # the factors that PEFT starts at 0, of matrices and of embeddings
         if any(part.any() for name, part in self.model.named_parameters() if any(one in name for one in at_zero)):
-            starts = ", ".join({repr(getattr(config, "init_lora_weights", None)) for config in adapters.values()})
+            starts = ", ".join({repr(getattr(config, "init_lora_weights", None)) for config in configs})
             raise ValueError(
                 f"the adapter is not 0 at the start (`init_lora_weights` is {starts}, or it was trained before), and "
                 "the reference is the model without it; set `init_lora_weights` to True, or merge it into its base"
@@ -115,12 +109,12 @@ class CalibrationMixin(_Trainer):
                 f"`chat_template_path` is {template!r}, but vectors are read with the tokenizer's own template; leave "
                 "it out, or put the template into the tokenizer and extract vectors with it"
             )
+        self._check_launch()
         if args.is_plain() and args.arm not in arms.STEERED:
             return  # the reward reads in evaluation mode, without a gradient, in passes of its own
-        if any(getattr(config, "lora_dropout", 0) for config in adapters.values()):
+        if any(getattr(config, "lora_dropout", 0) for config in configs):
             raise ValueError("`lora_dropout` must be 0: dropout is a floor under every anchor; set it to 0.0")
         self._check_model()
-        self._check_launch()
         if args.measures_share() and getattr(args, "activation_offloading", False):
             raise ValueError(
                 "`activation_offloading` frees what the gradient norms of `penalty_share` read again; set it to "
@@ -238,6 +232,7 @@ class _StopWhenMet(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if self.objective.met:
             control.should_training_stop = True
+            control.should_save = False  # a run that goes on from here would make a step before it can stop
 
 
 class CalibratedDPOTrainer(CalibrationMixin, DPOTrainer):

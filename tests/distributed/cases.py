@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from calibrate import corpora, models
-from calibrate.training import runs
+from calibrate.training import adapters, runs
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig, CalibratedSFTConfig
 from calibrate.training.objective import Data
 from calibrate.training.trainers import CalibratedDPOTrainer, CalibratedGRPOTrainer, CalibratedSFTTrainer
@@ -94,7 +94,7 @@ def build(case: dict, out: Path, setup: dict):
     with runs.whole_model(args):
         checkpoint = models.load(setup["model"])
     lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if case["lora"] else None
-    runs.keep_below_band(lora, args)
+    adapters.keep_below_band(lora, args)
     extra = {"reward_funcs": vowels} if case["kind"] == "grpo" else {}
     return (FixedGRPO if case["kind"] == "grpo" else kind)(
         model=checkpoint.model, args=args, processing_class=checkpoint.tokenizer,
