@@ -140,25 +140,31 @@ def settings_of(args: SelectionConfig, training_args, model_args) -> dict[str, A
 
     files = [Path(args.pool), *sorted((Path(args.scores) / "scores").rglob("*.parquet"))]
     options = {key: value for key, value in training_args.to_dict().items() if not key.startswith(NO_MATTER)}
+    options |= {"processes": training_args.world_size}  # which blocks a step sees depends on it
     return asdict(args) | options | asdict(model_args) | {"data": [digest(str(file)) for file in files]}
 
 
 def main(args: SelectionConfig, training_args, model_args) -> None:
     from datasets import Dataset
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer, get_peft_config
 
     from calibrate import models
+    from calibrate.training import runs
 
+    runs.refuse_model_options(model_args)
     if args.selection not in SELECTIONS:
         raise ValueError(f"`selection` is {args.selection!r}; allowed: {', '.join(SELECTIONS)}")
+    length = training_args.max_length
+    if args.tokens < length:
+        raise ValueError(f"`tokens` is {args.tokens}, less than one block of `max_length` {length}; raise it")
     out = Path(training_args.output_dir)
     claim(out, settings_of(args, training_args, model_args), "output_dir")
     if (out / "finished").is_file():
         return print(f"{out} already holds this run, finished; nothing to do")
     texts = choose(args.selection, *load(args), training_args.seed)
     checkpoint = models.load(model_args.model_name_or_path, revision=model_args.model_revision)
-    length = training_args.max_length
+    if not model_args.use_peft:
+        checkpoint.model.float()  # steps of an optimiser vanish in pure bf16
     rows = blocks(checkpoint.tokenizer, texts, length, args.tokens // length)
     print(f"{args.selection}: {len(rows)} blocks of {length} tokens, of {len(texts):,} passages")
     trainer = SFTTrainer(
@@ -168,8 +174,7 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         peft_config=get_peft_config(model_args),
     )
-    last = get_last_checkpoint(str(out)) if out.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=runs.last_complete_checkpoint(out))
     trainer.save_model(str(out))
     aside = out / "finished.partial"
     aside.write_text("", encoding="utf-8")
@@ -177,9 +182,11 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
 
 
 if __name__ == "__main__":
-    from trl import ModelConfig, SFTConfig, TrlParser
+    from trl import SFTConfig, TrlParser
+
+    from calibrate.training.runs import USER_ERRORS, ModelOptions
 
     try:
-        main(*TrlParser([SelectionConfig, SFTConfig, ModelConfig]).parse_args_and_config())  # ty: ignore
-    except (ValueError, FileNotFoundError) as error:
+        main(*TrlParser([SelectionConfig, SFTConfig, ModelOptions]).parse_args_and_config())  # ty: ignore
+    except USER_ERRORS as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -19,7 +19,7 @@ from typing import Any
 
 import figures
 import numpy as np
-import yaml
+import parsing
 from pretrain import SELECTIONS, claim  # the scripts beside this one
 from sweep import calibrate, call, check_texts
 
@@ -98,7 +98,7 @@ def write(folder: Path) -> None:
 
 
 def main(words: list[str]) -> None:
-    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    own, rest = parsing.split(words)
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="the recipe's YAML")
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
@@ -111,7 +111,8 @@ def main(words: list[str]) -> None:
     parser.add_argument("--results", type=Path, help="folder of the figures, small enough to keep (default: OUT)")
     arguments = parser.parse_args(own)
     results = arguments.results or arguments.out
-    recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    recipe = parsing.recipe(parser, arguments.config, ("model_name_or_path",))
+    parsing.refuse(parser, rest, {"selection", "seed", "output_dir", "config", "model_name_or_path"})
     settings = {name: getattr(arguments, name) for name in ("vectors", "max_tasks", "max_concepts")}
     try:
         claim(results, settings | {"config": recipe, "rest": rest}, "--results")

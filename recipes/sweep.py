@@ -19,7 +19,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 
 import figures
 import numpy as np
+import parsing
 import yaml
 
 from calibrate import stats
@@ -168,6 +168,7 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
     """Writes the row of a run that is trained and audited, and the comparison anew."""
     quantile = float(options.get("ceiling_quantile", arguments.quantile))
     found = row_of(name, arm, arguments.out / "before", arguments.out / name / "audit", quantile)
+    found["seed"] = options["seed"]
     check_texts(arguments.results, name, found["texts"])
     row = arguments.results / name / "row.json"
     row.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,8 @@ def check_texts(results: Path, name: str, texts: str) -> None:
 def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
     """Name, arm, distance to the ceiling, hinge, and all of a comparison: figures with 95 % intervals, and by task.
 
-    `texts` is the digest of what both audits read.
+    The hinge is that of the band's mean reading at the header, with its knee at one sigma, whatever the recipe pressed
+    with. `texts` is the digest of what both audits read.
     """
     records = [load_record(folder) for folder in (before, after)]
     change = readers.compare(*records)
@@ -250,15 +252,9 @@ def write(folder: Path) -> None:
     figures.tasks(rows, folder / "tasks.png")
 
 
-def _variant(text: str) -> str:
-    if not all(re.fullmatch(r"\w+=[\w.+-]+", part) for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE, or several with commas between them")
-    return text
-
-
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The sweep's own options, and those after `--` for the recipe."""
-    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    own, rest = parsing.split(words)
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--recipe", choices=("dpo", "sft", "grpo"), default="dpo")
     parser.add_argument("--config", type=Path, required=True, help="the recipe's YAML")
@@ -266,7 +262,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--draws", type=int, default=0, help="draws of the random arm in all, where more than seeds")
     parser.add_argument(
-        "--variants", nargs="+", type=_variant, default=[], metavar="OPTION=VALUE[,...]",
+        "--variants", nargs="+", type=parsing.variant, default=[], metavar="OPTION=VALUE[,...]",
         help="further runs of the arms that press, each with other recipe options, such as penalty_share=0.3",
     )  # fmt: skip
     parser.add_argument("--split", choices=("audit", "selection"), default="audit", help="whose tasks are read after")
@@ -283,14 +279,11 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--draws is of the arm random, which --arms does not name; add it, or leave --draws out")
     if arguments.launcher and arguments.workers > 1:
         parser.error("--launcher is not used with --workers above 1, which start runs by themselves; leave one out")
-    recipe = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) or {}
+    recipe = parsing.recipe(parser, arguments.config, ("model_name_or_path", "vectors"))
     changed = {part.split("=")[0] for variant in arguments.variants for part in variant.split(",")} & {*FROM_YAML}
-    after = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
-    if wrong := sorted(changed | (after & {*FROM_YAML, "ceiling_quantile"})):
+    if wrong := sorted(changed | (parsing.names(rest) & {*FROM_YAML, "ceiling_quantile"})):
         parser.error(f"the audit reads `{'`, `'.join(wrong)}` from the YAML; put it there, where every run has it")
-    for name in ("model_name_or_path", "vectors"):
-        if name not in recipe:
-            parser.error(f"{arguments.config} has no `{name}`; put it there")
+    parsing.refuse(parser, rest, {"arm", "seed", "random_seed", "output_dir", "config"})
     arguments.launcher = arguments.launcher or HERE.parent / "accelerate_configs" / "single_cpu.yaml"
     arguments.results = arguments.results or arguments.out
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
@@ -309,6 +302,12 @@ def main(words: list[str]) -> None:
     for name, arm, options in runs(arguments):
         row = arguments.results / name / "row.json"
         if row.is_file():
+            # Names of draws and variants do not say it, and rows of older versions do not have it.
+            if (seed := json.loads(row.read_text(encoding="utf-8")).get("seed", options["seed"])) != options["seed"]:
+                sys.exit(
+                    f"error: {row} is of seed {seed}, this sweep's is {options['seed']}; give a variant its "
+                    f"`seed={options['seed']}`, or another `--results`"
+                )
             print(f"{row}: this run is finished; nothing to do", flush=True)
         else:
             todo.append((name, arm, options))

@@ -154,6 +154,13 @@ def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
         ),
         *(
             (
+                ("none", "--", f"--{name.replace('_', '-')}", "7"),
+                f"the sweep gives each run its `{name}`; leave it out",
+            )
+            for name in ("arm", "seed", "random_seed", "output_dir", "config")
+        ),
+        *(
+            (
                 ("hinge-refit", "--variants", f"beta=1,{name}=x"),
                 f"the audit reads `{name}` from the YAML; put it there",
             )
@@ -177,6 +184,26 @@ def test_a_yaml_without_what_the_audit_needs_is_refused(sweep, capsys, name):
             sweep("--arms", "none")
         message = capsys.readouterr().err.splitlines()[-1]
         assert f"{sweep.config} has no `{name if content else 'model_name_or_path'}`; put it there" in message
+
+
+def test_a_yaml_that_cannot_be_read_is_one_line(sweep, capsys):
+    sweep.config.write_text("seed: [0")
+    for words, told in (((), "while parsing a flow sequence"), (("--config", "missing.yaml"), "No such file")):
+        with pytest.raises(SystemExit):
+            sweep("--arms", "none", *words)
+        assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_variant_of_another_seed_is_not_taken_for_the_finished_one(sweep):
+    words = ("--arms", "hinge-refit", "--variants", "penalty_share=3")
+    sweep(*words, "--seeds", "1")
+    assert json.loads((sweep.out / "hinge-refit-penalty_share=3" / "row.json").read_text())["seed"] == 1
+    with pytest.raises(
+        SystemExit, match=r"share=3/row\.json is of seed 1, this sweep's is 2; give a variant its `seed=2`"
+    ):
+        sweep(*words, "--seeds", "2")
+    sweep(*words[:3], "penalty_share=3,seed=2", "--seeds", "2")
+    assert option(sweep.of("--arm")[-1], "--seed") == "2"
 
 
 def test_the_launcher_is_the_shipped_one_for_a_cpu_unless_it_is_named(sweep):

@@ -1,6 +1,7 @@
 """Continued pretraining on selections of a scored pool: books, selections, blocks, and two steps on the tiny model."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -135,6 +136,50 @@ def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys, 
     assert torch.isfinite(torch.cat([part.flatten() for part in adapter.values()])).all()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
+        ({"use_peft": "false"}, "error: `lora_dropout` is 0.0, which is of LoRA; set `use_peft: true`, or remove it"),
+        ({"tokens": 10}, "error: `tokens` is 10, less than one block of `max_length` 512; raise it"),
+        ({"config": "broken.yaml"}, "error: while parsing a flow sequence"),
+    ],
+)
+def test_a_mistake_is_one_line(scored, tiny_folder, monkeypatch, change, message):
+    import runpy
+
+    monkeypatch.chdir(scored)
+    Path("broken.yaml").write_text("seed: [0")
+    options = {"config": ROOT / "recipes" / "smollm2-135m" / "pretrain.yaml", "model_name_or_path": tiny_folder}
+    options |= {"pool": "pool.parquet", "scores": "scored", "selection": "curated", "output_dir": "run"} | change
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    with pytest.raises(SystemExit, match=message) as caught:
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    assert "\n" not in caught.value.code
+    assert not Path("run").exists()
+
+
+def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(scored, tiny_folder, monkeypatch):
+    """In full, from a checkpoint of two steps beside one that a kill left half written: the same weights."""
+    import runpy
+
+    options = {"model_name_or_path": tiny_folder, "pool": "pool.parquet", "scores": "scored", "selection": "curated"}
+    options |= {"tokens": 128, "max_length": 32, "per_device_train_batch_size": 1, "save_steps": 1, "seed": 3}
+    options |= {"use_cpu": "true", "bf16": "false", "report_to": "none", "num_train_epochs": 1}
+    monkeypatch.chdir(scored)
+    for out in ("whole", "again"):
+        if out == "again":
+            shutil.copytree("whole", out)
+            for name in ("finished", "model.safetensors", "checkpoint-4/trainer_state.json"):
+                (Path(out) / name).unlink()
+        words = [str(word) for name, value in (options | {"output_dir": out}).items() for word in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    one, other = (load_file(f"{out}/model.safetensors") for out in ("whole", "again"))
+    assert all(torch.equal(part, other[name]) for name, part in one.items())
+
+
 def test_a_folder_is_of_one_run(scored):
     """The checkpoints of another run were gone on from; other scores of the pool were taken for the same."""
     out = scored / "run"
@@ -188,6 +233,32 @@ def test_how_alike_selections_move_all_concepts():
         "| random | -1.00 | - | -0.50 |",
         "| inverted | 0.50 | -0.50 | - |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        (None, [], "No such file"),
+        ("seed: [0", [], "while parsing a flow sequence"),
+        ("seed: 0\n", [], "has no `model_name_or_path`; put it there"),
+        *(
+            (
+                "model_name_or_path: tiny\n",
+                ["--", f"--{name}", "x"],
+                f"the sweep gives each run its `{name}`; leave it",
+            )
+            for name in ("selection", "seed", "output_dir", "config", "model_name_or_path")
+        ),
+    ],
+)
+def test_a_sweep_refuses_what_it_would_not_do(tmp_path, capsys, content, words, message):
+    config = tmp_path / "pretrain.yaml"
+    if content:
+        config.write_text(content)
+    with pytest.raises(SystemExit):
+        pretrain_sweep.main(["--config", str(config), "--out", str(tmp_path / "out"), *words])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
