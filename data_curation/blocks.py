@@ -247,6 +247,7 @@ class MapScorer:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         texts = batch[self.text_column]
+        _check_free(batch)
         for row, text in enumerate(texts):
             if not isinstance(text, str) or not text or text.isspace():
                 what = f"`{self.text_column}` of row {row} of a batch is {text!r}"
@@ -258,4 +259,11 @@ class MapScorer:
         """The features of the result: those of the dataset and the score columns."""
         from datasets import Features
 
+        _check_free(known)
+
         return Features({**known, **Features.from_arrow_schema(pa.schema(list(column_types().items())))})
+
+
+def _check_free(columns) -> None:
+    if taken := sorted({*columns} & {*column_types()}):
+        raise ValueError(f"the column {taken[0]!r} bears the name of a score; rename it in the dataset")

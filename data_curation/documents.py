@@ -99,6 +99,8 @@ class ShardReader(PipelineStep):
             return "has an `id`, and the first rows have none; give --id-column id, or --number-rows"
         if isinstance(key, bool) or not isinstance(key, str | int):
             return f"the id in {self.id_column!r} is {key!r}, neither text nor whole number"
+        if key == "":
+            return f"the id in {self.id_column!r} is empty"
         return None
 
     def _rows(self, shard: Shard) -> Iterator[tuple[int, int | str, dict[str, Any] | str]]:

@@ -186,6 +186,8 @@ def _files(source: str, split: str | None) -> list[tuple[str, str, str]]:
         return saved
     found = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and not file.name.startswith("."))
     found = [file for file in found if not file.is_dir()]  # Spark names folders so
+    if linked := [folder for folder in path.rglob("*") if folder.is_symlink() and folder.is_dir()]:
+        raise ValueError(f"{linked[0]} is a link to a folder, which is not followed; read that folder by itself")
     if lost := [file for file in found if not file.exists()]:
         raise ValueError(f"{lost[0]} is a link to nothing; mend or remove it")
     if not found:

@@ -53,6 +53,8 @@ def _rows(lines: Iterable[bytes], path: Path, needed: tuple[str, ...]) -> Iterat
             raise ValueError(f"{where}: lacks {lacking}; each line needs {', '.join(('id', 'text', *needed))}")
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise ValueError(f"{where}: `text` is not a text with words in it")
+        if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
+            raise ValueError(f"{where}: the id is {row['id']!r}, neither text nor whole number")
         if row["id"] in seen:
             raise ValueError(f"{where}: the id {row['id']!r} stands there twice; give each row its own")
         seen.add(row["id"])

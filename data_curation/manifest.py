@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,25 @@ def faults(state: Path, shards: list[Shard]) -> list[dict[str, Any]]:
 def repeated_id(state: Path, reader: ShardReader) -> str | None:
     """One line about an id that occurs twice. Reads sorted hashes range by range, so that memory stays flat."""
     files = [state / "ids" / f"{rank:05d}.bin" for rank in range(len(reader.shards))]
-    maps = [np.memmap(file, dtype=np.uint64, mode="r") for file in files if file.stat().st_size]
+    ends = np.cumsum([file.stat().st_size // 8 for file in files])
+    if not len(ends) or not ends[-1]:
+        return None
+    # One file: a map of each shard would be an open file of each.
+    with tempfile.TemporaryFile(dir=state) as joined:
+        for file in files:
+            joined.write(file.read_bytes())
+        joined.flush()
+        maps = np.split(np.memmap(joined, dtype=np.uint64, mode="r"), ends[:-1])
+    return _repeated(maps, reader)
+
+
+def _repeated(maps: list[np.ndarray], reader: ShardReader) -> str | None:
     parts = 1 + sum(len(hashes) for hashes in maps) // AT_ONCE
     edges = [np.uint64(min(2**64 * i // parts, 2**64 - 1)) for i in range(parts + 1)]
     for i, (low, high) in enumerate(pairwise(edges)):
         last = i == parts - 1  # the topmost hash belongs to the last range
         ranges = [(hashes, *np.searchsorted(hashes, [low, high])) for hashes in maps]
-        merged = np.sort(np.concatenate([h[a : len(h) if last else b] for h, a, b in ranges] or [np.zeros(0)]))
+        merged = np.sort(np.concatenate([h[a : len(h) if last else b] for h, a, b in ranges]))
         twice = merged[1:][merged[1:] == merged[:-1]]
         if len(twice) and (found := _where(reader, {int(value) for value in twice[:1000]})):
             return found

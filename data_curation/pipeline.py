@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections import deque
@@ -120,7 +121,7 @@ def note_failure(executor, rank: int, what: str) -> None:
 
 def failure(state: Path, shards: list[Shard], rank: int) -> str:
     try:
-        return yaml.safe_load((state / "failures" / f"{rank:05d}.json").read_text(encoding="utf-8"))["line"]
+        return json.loads((state / "failures" / f"{rank:05d}.json").read_text(encoding="utf-8"))["line"]
     except FileNotFoundError:
         return f"{shards[rank].path} ({shards[rank].name}): ended without a word, killed or out of memory"
 
@@ -146,18 +147,21 @@ def _executor(steps: list[Any], tasks: int, state: Path, config: Config):
         return LocalExecutor(workers=config.workers, **common)
     options: dict[str, Any] = dict(config.options)
     if config.executor == "ray":
-        from data_curation.on_ray import RayExecutor
+        try:
+            from data_curation.on_ray import RayExecutor
+        except ImportError as error:
+            raise ValueError(f"`executor: ray` needs Ray ({error}); run `pip install 'ray>=2.60'`") from error
 
         options.pop("address", None)
         return RayExecutor(workers=config.workers, **common, **options)
-    from datatrove.executor.slurm import SlurmPipelineExecutor
+    from data_curation.on_slurm import SlurmExecutor
 
     if missing := [name for name in ("time", "partition") if name not in options]:
         raise ValueError(f"the section slurm of the config needs {missing[0]!r}")
     exports = " ".join(f"{name}={value}" for name, value in THREADS.items())
     path = f'export PATH="{Path(sys.executable).parent}:$PATH"'
     options["env_command"] = f"export {exports}\n{options.get('env_command', path)}"
-    return SlurmPipelineExecutor(workers=config.workers, **common, **options)
+    return SlurmExecutor(workers=config.workers, **common, **options)
 
 
 def _launch(executor, config: Config) -> bool:
@@ -170,6 +174,8 @@ def _launch(executor, config: Config) -> bool:
             executor.run()
         except FileNotFoundError as error:
             raise ValueError("sbatch was not found; start on a machine that can submit to Slurm") from error
+        except subprocess.CalledProcessError as error:
+            raise ValueError(f"sbatch ended with {error.returncode}, and what it said stands above") from error
         return True
     if config.executor == "ray":
         import ray

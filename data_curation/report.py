@@ -1,5 +1,6 @@
 """A run and what was selected from it -> one self-contained HTML page that opens offline, and a dataset card."""
 
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -131,8 +132,9 @@ def _result(path: Path, scores: Scores) -> dict[str, Any]:
     made_from = found["made_from"]
     if made_from["kind"] not in ("filter", "tag", "reweight") or not found["complete"]:
         raise ValueError(f"{path} is no finished result of `curate filter`, `tag` or `reweight`")
-    if made_from["scores"] != str(scores.folder) or made_from["scorer"] != scores.manifest["made_from"]["scorer"]:
-        raise ValueError(f"{path} was made from other scores ({made_from['scores']})")
+    wanted = json.loads(json.dumps(scores.made_from()))
+    if other := [name for name, value in wanted.items() if made_from.get(name) != value]:
+        raise ValueError(f"{path} was made from other scores ({made_from['scores']}; differing: {', '.join(other)})")
     options = {name: made_from[name] for name in OPTIONS if name in made_from}
     cuts = [Cut(made_from["below"], upper=True)] if "below" in made_from else []
     cuts += [Cut(edge, upper=False) for edge in made_from.get("edges", [])]
@@ -175,8 +177,7 @@ def _distributions(scores: Scores) -> dict[str, Any]:
 
 def _examples(scores: Scores, cuts: list[Cut]) -> list[dict[str, Any]]:
     """The documents nearest to each cut on either side, from evenly spaced shards."""
-    step = max(1, len(scores.shards) // SAMPLED)
-    ranks = list(range(0, len(scores.shards), step))[:SAMPLED]
+    ranks = np.unique(np.linspace(0, len(scores.shards) - 1, SAMPLED).astype(int)).tolist()
     near: dict[tuple[Cut, str], list[tuple[float, int, int]]] = {}
     for rank in ranks:
         shard = scores.shards[rank]

@@ -205,7 +205,8 @@ class Scorer:
 
 def escalates(tier: Tier, row: dict[str, Any]) -> bool:
     """Whether `auto` reads a document again with tier 2: one of tier 1's gating facets reaches its score for that."""
-    return any(row[name] >= value for name, value in tier.settings["escalate"].items())
+    edges = tier.settings["escalate"]  # of a scorer without gating facets none: nothing says that tier 2 is not needed
+    return not edges or any(row[name] >= value for name, value in edges.items())
 
 
 def _read(reading: FirstTier | SecondTier, texts: list[str]) -> list[dict[str, Any]]:

@@ -99,12 +99,16 @@ def load(args: SelectionConfig) -> tuple[list[str], np.ndarray, list[str]]:
     """
     import pyarrow.parquet as pq
 
+    from data_curation import inputs, manifest
+
+    if inputs.digest(args.pool) not in manifest.load(Path(args.scores))["made_from"]["input"].values():
+        raise ValueError(f"{args.scores} was not made from {args.pool} as it is now; score it again")
     pool = pq.read_table(args.pool)
     if missing := {"id", "text", args.group_column} - set(pool.column_names):
         raise ValueError(f"{args.pool}: no column {', '.join(sorted(missing))}; there are {pool.column_names}")
     table = pq.read_table(Path(args.scores) / "scores", columns=["id", "regulation"])
     scores = dict(zip(*(table[name].to_pylist() for name in ("id", "regulation")), strict=True))
-    ids = pool["id"].to_pylist()
+    ids = [str(id_) for id_ in pool["id"].to_pylist()]  # as scores have them
     if unscored := [id_ for id_ in ids if id_ not in scores]:
         raise ValueError(f"{args.scores} lacks {len(unscored)} ids of {args.pool}, such as {unscored[0]!r}; score it")
     regulation = np.array([np.nan if scores[id_] is None else scores[id_] for id_ in ids], float)
@@ -152,6 +156,7 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
     from calibrate.training import runs
 
     runs.refuse_model_options(model_args)
+    runs.refuse_training_options(training_args)
     if args.selection not in SELECTIONS:
         raise ValueError(f"`selection` is {args.selection!r}; allowed: {', '.join(SELECTIONS)}")
     length = training_args.max_length
@@ -176,9 +181,11 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
     )
     trainer.train(resume_from_checkpoint=runs.last_complete_checkpoint(out))
     trainer.save_model(str(out))
-    aside = out / "finished.partial"
-    aside.write_text("", encoding="utf-8")
-    os.replace(aside, out / "finished")
+    if trainer.accelerator.is_main_process:
+        aside = out / "finished.partial"
+        aside.write_text("", encoding="utf-8")
+        os.replace(aside, out / "finished")
+    trainer.end()
 
 
 if __name__ == "__main__":

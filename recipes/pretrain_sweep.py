@@ -145,6 +145,7 @@ def main(words: list[str]) -> None:
             row.parent.mkdir(parents=True, exist_ok=True)
             figures.put(row, json.dumps(found, indent=1))
             write(results)
+    write(results)  # a kill may have left it behind its rows
     print((results / "comparison.md").read_text(encoding="utf-8"))
 
 

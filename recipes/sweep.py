@@ -318,6 +318,7 @@ def main(words: list[str]) -> None:
             audit(arguments.model, arguments.out / "before", arguments)
             run_one(name, options, arguments, rest)
             finish(name, arm, options, arguments)
+    write(arguments.results)  # a kill may have left it behind its rows
     print((arguments.results / "comparison.md").read_text(encoding="utf-8"))
 
 

@@ -117,6 +117,8 @@ def test_a_finished_run_is_not_repeated_and_a_longer_list_adds_to_the_comparison
     sweep("--arms", "random", *kept)
     sweep("--arms", "random", "none", *kept)
     assert {option(command, "--arm") for command in sweep.of("--arm")} == {"none"}
+    (tmp_path / "kept" / "comparison.md").unlink()  # a kill came between the last row and it
+    sweep("--arms", "random", "none", *kept)
     table = (tmp_path / "kept" / "comparison.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["none-seed0", "random-seed0"]  # in the arms' order
     assert "12.00 [11.00, 13.00]" in table[3]

@@ -173,6 +173,11 @@ def refuse_unused(args: Any, model_args) -> None:
     refuse_model_options(model_args)
     if args.adapt_above_band and not model_args.use_peft:
         raise ValueError("`adapt_above_band` is True, which is of LoRA; set `use_peft: true`, or remove it")
+    refuse_training_options(args)
+
+
+def refuse_training_options(args: Any) -> None:
+    """Raises ValueError where one of the trainer's own options would do nothing, or change what resuming gives."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # "no" where nobody chose
     if launched not in ("no", "fp16" if args.fp16 else "bf16" if args.bf16 else "no"):
         # transformers takes the options' where one of them is true, and else the launcher's, without a word.

@@ -125,8 +125,14 @@ def test_the_report_has_distributions_examples_groups_and_the_hash(hostile):
 def test_a_report_is_of_results_of_these_scores(hostile, tmp_path):
     write_jsonl(tmp_path / "b.jsonl", texts(20, "b"))
     score(tmp_path / "b.jsonl", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"/f was made from other scores \(.*/scores\)"):
+    with pytest.raises(ValueError, match=r"/f was made from other scores \(.*/scores; differing: scores, rows, "):
         report.write(tmp_path / "other", [hostile / "f"], tmp_path / "r2")
+    runs.filter_tail(tmp_path / "other", tmp_path / "f", 0.05, max_share=1)
+    write_jsonl(tmp_path / "b.jsonl", texts(30, "c"))
+    score(tmp_path / "b.jsonl", tmp_path / "other", fresh=True)
+    told = r"/f was made from other scores \(.*/other; differing: rows, input\)"
+    with pytest.raises(ValueError, match=told):
+        report.write(tmp_path / "other", [tmp_path / "f"], tmp_path / "r2")
     with pytest.raises(ValueError, match="/scores is no finished result of `curate filter`, `tag` or `reweight`"):
         report.write(hostile / "scores", [hostile / "scores"], tmp_path / "r2")
     before = contents(hostile / "r")

@@ -19,7 +19,8 @@ from data_curation import manifest, runs
 from data_curation.blocks import RegulationScorer
 from data_curation.documents import ShardReader
 from data_curation.inputs import find
-from data_curation.writing import ShardWriter
+from data_curation.pipeline import failure
+from data_curation.writing import ShardWriter, write_json
 
 RUN = """
 import sys
@@ -346,6 +347,32 @@ def test_hashes_of_ids_are_compared_range_by_range(tmp_path, monkeypatch):
         write_jsonl(tmp_path / "in/a.jsonl", [*rows, rows[twice]])
         with pytest.raises(ValueError, match=rf"row 61: the id '{twice}' is that of .*row {twice + 1} too"):
             score(tmp_path / "in", tmp_path / f"out{twice}")
+
+
+def test_ids_of_more_shards_than_files_may_be_open(tmp_path):
+    for name in range(60):
+        write_jsonl(tmp_path / f"in/{name:02}.jsonl", texts(2, f"n{name}"))
+    score(tmp_path / "in", tmp_path / "out")
+    before, reader = (
+        resource.getrlimit(resource.RLIMIT_NOFILE),
+        ShardReader(find(str(tmp_path / "in"), 1 << 20).shards),
+    )
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, before[1]))
+        assert manifest.repeated_id(tmp_path / "out/state/score", reader) is None
+        (tmp_path / "out/state/score/ids/00059.bin").write_bytes(
+            (tmp_path / "out/state/score/ids/00003.bin").read_bytes()
+        )
+        write_jsonl(tmp_path / "in/59.jsonl", texts(2, "n3"))
+        reader = ShardReader(find(str(tmp_path / "in"), 1 << 20).shards)
+        assert "the id 'n3-0' is that of" in (manifest.repeated_id(tmp_path / "out/state/score", reader) or "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_line_of_a_failure_may_hold_any_character(tmp_path):
+    write_json(tmp_path / "failures/00000.json", {"line": "a😀.jsonl (a😀): broken"})
+    assert failure(tmp_path, [], 0) == "a😀.jsonl (a😀): broken"
 
 
 def test_a_folder_that_is_no_run_is_left_alone(corpus, tmp_path):

@@ -77,8 +77,12 @@ SLURM = "executor: slurm\nworkers: 7\nslurm: {time: '02:00:00', partition: cpu, 
 
 
 def test_slurm_gets_a_script_that_does_the_work(sbatch, corpus, tmp_path):
-    """Four shards, two a job: an array of two, which run as Slurm would run it completes the work."""
-    write_jsonl(corpus / "d.jsonl", [*texts(3, "d"), {"id": "bad", "text": ""}])
+    """Four shards, two a job: an array of two, which run as Slurm would run it completes the work.
+
+    The first shard of the second job has a bad row: the other one is done all the same.
+    """
+    (corpus / "c.parquet").unlink()
+    write_jsonl(corpus / "c.jsonl", [*texts(3, "c"), {"id": "bad", "text": ""}])
     options = {"config": config(tmp_path / "c.yaml", SLURM), **FAKE}
     assert runs.score(str(corpus), tmp_path / "out", **options) is None
     script = (tmp_path / "out/state/score/launch_script.slurm").read_text()
@@ -93,17 +97,26 @@ def test_slurm_gets_a_script_that_does_the_work(sbatch, corpus, tmp_path):
         environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(job), "SLURM_NODELIST": "node1"}
         codes.append(subprocess.run(["bash", submitted], env=environment, capture_output=True).returncode)
     assert codes == [0, 1]
-    assert sorted(contents(tmp_path / "out/scores")) == ["a.parquet", "b.parquet", "c.parquet"]
+    assert sorted(contents(tmp_path / "out/scores")) == ["a.parquet", "b.parquet", "d.parquet"]
     options["set_aside"] = True
     assert runs.score(str(corpus), tmp_path / "out", **options) is None  # hands the one that failed over again
-    assert json.loads((tmp_path / "out/state/score/ranks_to_run.json").read_text()) == [3]
+    assert json.loads((tmp_path / "out/state/score/ranks_to_run.json").read_text()) == [2]
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NODELIST": "node1"}
     newest = max(sbatch.glob("script*"), key=lambda path: (("pickled" in path.read_text()), path.stat().st_mtime_ns))
     subprocess.run(["bash", newest], env=environment, check=True, capture_output=True)
     done = runs.score(str(corpus), tmp_path / "out", **options)
-    assert (done["figures"]["rows"], done["figures"]["set_aside"]) == (39, 1)
+    assert (done["figures"]["rows"], done["figures"]["set_aside"]) == (37, 1)
     score(corpus, tmp_path / "local", set_aside=True)
     assert contents(tmp_path / "out/scores") == contents(tmp_path / "local/scores")
+
+
+def test_what_a_cluster_refuses_or_lacks_is_one_line(sbatch, corpus, tmp_path, monkeypatch):
+    (sbatch / "sbatch").write_text("#!/bin/sh\necho wrong partition >&2\nexit 3\n")
+    with pytest.raises(ValueError, match=r"^sbatch ended with 3, and what it said stands above$"):
+        runs.score(str(corpus), tmp_path / "out", config=config(tmp_path / "c.yaml", SLURM), **FAKE)
+    monkeypatch.setitem(sys.modules, "data_curation.on_ray", None)
+    with pytest.raises(ValueError, match=r"^`executor: ray` needs Ray \(.*\); run `pip install 'ray>=2.60'`$"):
+        runs.score(str(corpus), tmp_path / "ray", config=config(tmp_path / "c.yaml", "executor: ray"), **FAKE)
 
 
 def test_slurm_needs_sbatch_and_its_options(corpus, tmp_path, monkeypatch):

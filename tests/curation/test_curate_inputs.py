@@ -109,6 +109,7 @@ def test_zstd_frames_one_after_another_and_one_cut_short(tmp_path):
         ("x.jsonl", b'{"id": 1, "text": 3}\n', "row 1: 'text' is int, not a text"),
         ("x.jsonl", b'{"id": 1, "body": "a"}\n', "row 1: no column 'text'; there are id, body"),
         ("x.jsonl", b'{"id": null, "text": "a"}\n', "row 1: the id in 'id' is None, neither text nor whole number"),
+        ("x.jsonl", b'{"id": "", "text": "a"}\n', "row 1: the id in 'id' is empty"),
         ("x.jsonl", b'{"text": "a"}\n', "row 1: the id in 'id' is None"),
         ("x.jsonl.gz", gzip.compress(b'{"id": 1, "text": "a"}\n' * 99, mtime=0)[:-9], r"cannot be read \(Compr"),
         ("x.jsonl.gz", b"no gzip", r"row 1 or after: cannot be read \(Not a gzipped file"),
@@ -116,8 +117,8 @@ def test_zstd_frames_one_after_another_and_one_cut_short(tmp_path):
         ("x.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 9, r"row 1 or after: cannot be read \(Error -3"),
         ("x.parquet", b"PAR1 and then nothing", r"x\.parquet, row 1 or after: cannot be read \("),
     ],
-    ids=["utf8", "half", "array", "blank", "null", "number", "column", "id", "no-id", "gz-cut", "no-gz", "zst", "zlib",
-         "parquet"],
+    ids=["utf8", "half", "array", "blank", "null", "number", "column", "id", "empty-id", "no-id", "gz-cut", "no-gz",
+         "zst", "zlib", "parquet"],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_named_with_its_file(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
@@ -223,6 +224,14 @@ def test_a_folder_with_the_ending_of_a_file_and_a_link_to_nothing(tmp_path):
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"b\.jsonl is a link to nothing; mend or remove it"):
         inputs.find(str(tmp_path), MB)
+
+
+def test_a_link_to_a_folder_is_refused_because_it_is_not_followed(tmp_path):
+    write_jsonl(tmp_path / "in/a.jsonl", texts(2))
+    write_jsonl(tmp_path / "elsewhere/b.jsonl", texts(2, "b"))
+    (tmp_path / "in/part").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="in/part is a link to a folder, which is not followed; read that folder by"):
+        inputs.find(str(tmp_path / "in"), MB)
 
 
 def test_a_digest_notices_another_file_of_the_same_size(tmp_path):

@@ -174,6 +174,7 @@ def test_talk_around_the_object_is_left_out_and_null_is_taken_where_nothing_is_f
         ("[1]", r":1: lacks an object; each line needs id, text"),
         ('{"id": 1}', r":1: lacks text; each line needs id, text"),
         ('{"id": 1, "text": " "}', r":1: `text` is not a text with words in it"),
+        ('{"id": [1], "text": "a"}', r":1: the id is \[1\], neither text nor whole number"),
         ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}', r":2: the id 1 stands there twice"),
     ],
 )

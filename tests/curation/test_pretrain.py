@@ -19,6 +19,8 @@ import books  # noqa: E402
 import pretrain  # noqa: E402
 import pretrain_sweep  # noqa: E402
 
+from data_curation import inputs  # noqa: E402
+
 
 def paragraph(words: int, word: str) -> str:
     return " ".join([word] * words)
@@ -90,6 +92,8 @@ def scored(tmp_path):
         values = [None if i == 3 else i / 12 for i in rows]
         table = pa.table({"id": [ids[i] for i in rows], "regulation": pa.array(values, pa.float32())})
         pq.write_table(table, tmp_path / "scored" / "scores" / f"{part}.parquet")
+    made_from = {"kind": "score", "input": {"pool": inputs.digest(str(tmp_path / "pool.parquet"))}}
+    (tmp_path / "scored" / "run.json").write_text(json.dumps({"made_from": made_from}))
     return tmp_path
 
 
@@ -100,6 +104,11 @@ def test_scores_go_with_their_passages(scored):
     assert np.isnan(regulation[3])
     assert regulation[11] == pytest.approx(11 / 12)
     assert groups == ["x", "y"] * 6
+    pool = pq.read_table(scored / "pool.parquet")
+    pq.write_table(pool.set_column(1, "text", [pool["text"].to_pylist()[::-1]]), scored / "pool.parquet")
+    with pytest.raises(ValueError, match=r"scored was not made from .*pool\.parquet as it is now; score it again"):
+        pretrain.load(args)
+    pq.write_table(pool, scored / "pool.parquet")
     args.group_column = "author"
     with pytest.raises(ValueError, match=r"no column author; there are \['id', 'text', 'book'\]"):
         pretrain.load(args)
@@ -141,6 +150,8 @@ def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys, 
     [
         ({"load_in_4bit": "true"}, "error: `load_in_4bit` is True, which this recipe does not use; remove it"),
         ({"use_peft": "false"}, "error: `lora_dropout` is 0.0, which is of LoRA; set `use_peft: true`, or remove it"),
+        ({"save_only_model": "true"}, "error: `save_only_model` is True, but this recipe resumes by itself"),
+        ({"resume_from_checkpoint": "x"}, "error: `resume_from_checkpoint` is 'x', which this recipe does not use"),
         ({"tokens": 10}, "error: `tokens` is 10, less than one block of `max_length` 512; raise it"),
         ({"config": "broken.yaml"}, "error: while parsing a flow sequence"),
     ],
@@ -285,6 +296,9 @@ def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
     commands.clear()
     pretrain_sweep.main([*words, "random", "--", "--tokens", "512"])
     assert len(commands) == 3  # curated is finished
+    (tmp_path / "out" / "comparison.md").unlink()  # a kill came between the last row and it
+    pretrain_sweep.main([*words, "random", "--", "--tokens", "512"])
+    assert "random-seed3" in (tmp_path / "out" / "comparison.md").read_text()
     for more in (["--max-tasks", "3", "--", "--tokens", "512"], ["--", "--tokens", "9"]):
         told = r"out was begun with other settings \(differing: \w+\); choose another `--results` or delete it"
         with pytest.raises(SystemExit, match=told):

@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,12 @@ def folder(tiny_folder, tiny_vectors, tmp_path_factory):
     out = tmp_path_factory.mktemp("scorer") / "out"
     fit(passages(40), out, str(tiny_folder), str(tiny_vectors))
     return out
+
+
+def test_without_gating_facets_every_document_is_for_tier_two():
+    for edges, row, again in (({"panic": 0.5}, {"panic": 0.4}, False), ({"panic": 0.5}, {"panic": 0.5}, True)):
+        assert scorer.escalates(SimpleNamespace(settings={"escalate": edges}), row) is again
+    assert scorer.escalates(SimpleNamespace(settings={"escalate": {}}), {"panic": 0.0})
 
 
 @pytest.fixture(scope="module")
