@@ -16,8 +16,9 @@ def export_gguf(vectors: EmotionVectors, concept: str, path: Path, hint: str) ->
     """One concept as a llama.cpp control vector; returns its layers.
 
     `direction.N` is added to the output of block N, which is our layer N. Each is the unit direction times the median
-    norm of neutral tokens at that layer, so that a scale of 0.05 adds 5 % of the residual norm. llama.cpp has no place
-    for layer 0.
+    norm of neutral tokens at that layer, so that a scale of 0.05 adds 5 % of the residual norm there. llama.cpp adds
+    those of all layers, and what is added stays in the stream: for that dose at one layer alone give it
+    `--control-vector-layer-range N N`. It has no place for layer 0.
 
     Args:
         hint: the model's architecture in llama.cpp, such as `llama`.
@@ -40,7 +41,7 @@ def export_gguf(vectors: EmotionVectors, concept: str, path: Path, hint: str) ->
     writer = GGUFWriter(aside, "controlvector")
     writer.add_string("controlvector.model_hint", hint)
     writer.add_uint32("controlvector.layer_count", len(layers))
-    writer.add_string("general.name", f"{concept}: one unit of scale is the residual norm")
+    writer.add_string("general.name", f"{concept}: one unit of scale is the residual norm at each layer")
     for layer, position in zip(layers, vectors.positions(layers), strict=True):
         scaled = vectors.directions[row, position] * norms[position]
         writer.add_tensor(f"direction.{layer}", scaled.float().numpy())
@@ -93,7 +94,7 @@ def export_folder(vectors: EmotionVectors, layers: list[int], folder: Path, half
 def load_directions(path: Path, depth: int, hidden: int) -> tuple[list[str], list[int], Tensor]:
     """Persona-vector tensors of a safetensors file: (names, layers, unit directions [names, layers, hidden]).
 
-    Layers at which a tensor is zero in every concept are left out.
+    Layers at which a tensor is zero are left out, for all of them.
 
     Raises:
         ValueError: the file is no safetensors file, or a tensor is not [depth + 1, hidden].

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calibrate import activations, transcripts
+from calibrate import activations, models, transcripts
 from calibrate.corpora import Context
 from calibrate.models import Checkpoint
 from calibrate.shards import Group
@@ -74,6 +74,13 @@ def choose_layers(accuracy: Tensor, stories: int, chance: float, among: list[int
 def header_states(checkpoint: Checkpoint, contexts: list[Context], layers: list[int], description: str) -> Tensor:
     """Mean state at the turn header of each context, [contexts, layers, hidden]."""
     encoded = [transcripts.encode(checkpoint.tokenizer, context.messages) for context in contexts]
+    window = models.window(checkpoint.model)
+    for context, text in zip(contexts, encoded, strict=True):
+        if window and len(text.ids) > window:
+            raise ValueError(
+                f"{context.id}: {len(text.ids)} tokens, and the model takes {window}; shorten it, or leave it out of "
+                "`--twins`"
+            )
     pools = [[slice(text.last("header").start, text.last("header").stop)] for text in encoded]
     ids = [text.ids for text in encoded]
     return activations.pooled(checkpoint.model, ids, pools, layers, description=description)[:, 0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Generator
@@ -54,21 +55,29 @@ def load(
     adapter_hash = None
     if adapter:
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         try:
             model = PeftModel.from_pretrained(model, adapter)
-        except RuntimeError as error:  # tensors of another size
+        except (RuntimeError, SafetensorError) as error:  # tensors of another size, or a file that is cut off
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"adapter {name!r} does not fit its base {source} ({reason}); give the base it names"
             ) from error
         _check_adapter(model, adapter, name, source)
-        adapter_hash = hash_weights(model)
+        adapter_hash = _adapter_hash(model)
     if block_list is not None:
         decoder(model).calibrate_blocks = block_list
     blocks(model)  # raises where it finds none
     revision = getattr(model.config, "_commit_hash", None)
     return Checkpoint(_to_device(model.eval()), tokenizer, name, source, weight_hash, adapter_hash, revision)
+
+
+def _adapter_hash(model: Any) -> str:
+    """A short hash of base and adapter: of their values, and of how much an adapter's count."""
+    config = model.peft_config["default"].to_dict()
+    counts = {key: config.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")}
+    return hashlib.sha256(f"{hash_weights(model)}{json.dumps(counts, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
 def _check_adapter(model: Any, folder: str, name: str, source: str) -> None:
@@ -127,13 +136,20 @@ def _open(name: str, source: str, **options) -> tuple[Any, Any]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(), use_safetensors=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        options |= {"dtype": _dtype(), "use_safetensors": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"model {name!r} cannot be loaded ({reason}); give a Hub id, a folder with config.json and "
             "model.safetensors, a PEFT adapter folder, or `default`"
         ) from error
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):  # transformers fills them at random, and only says so
+        raise ValueError(
+            f"model {name!r}: {len(missing)} weights are not in {source}, such as {missing[0]!r}; save it again with "
+            "`save_pretrained`"
+        )
     # Where the tokenizer's files are missing transformers builds one with an empty vocabulary.
     if set(tokenizer.tokenize("a")) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"model {name!r}: no usable tokenizer in {source}; save the model's tokenizer there")
@@ -154,7 +170,13 @@ def _resolve(name: str) -> tuple[str, str | None]:
                 f"adapter {name!r}: no adapter_model.safetensors there, and `.bin` files are pickles, which are not "
                 "read; save it again with `save_pretrained`"
             )
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        config = PeftConfig.from_pretrained(name)
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"adapter {name!r} is of kind {config.peft_type.value}, which does not work within the blocks that "
+                "are read; merge it into its base, or give a LoRA"
+            )
+        base = config.base_model_name_or_path
         if base == DEFAULT_REPOSITORY:
             base = resolve_default()
         return base, name

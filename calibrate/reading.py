@@ -140,7 +140,12 @@ def _meta(checkpoint: Checkpoint, vectors: EmotionVectors, source: Path, layers:
         "weight_hash": checkpoint.weight_hash,
         "adapter": checkpoint.adapter_hash,
         "chat_template": checkpoint.tokenizer.chat_template,
-        "vectors": {"model": vectors.model, "weight_hash": vectors.weight_hash, "recipe": vectors.recipe},
+        "vectors": {
+            "model": vectors.model,
+            "weight_hash": vectors.weight_hash,
+            "recipe": vectors.recipe,
+            "content": vectors.content_hash(),
+        },
         "layers": layers,
         "band": vectors.band,
         "layer_choice": vectors.layer_choice.reason if vectors.layer_choice else None,

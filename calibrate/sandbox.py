@@ -4,6 +4,7 @@ Linux only: the isolation is the kernel's (user, network, mount and process name
 util-linux). Where the kernel or the machine does not grant it, the run is refused, never done without it.
 """
 
+import contextlib
 import os
 import re
 import select
@@ -55,6 +56,7 @@ if ! echo "$PROCESSES" 2>/dev/null >/proc/sys/kernel/pid_max; then
   [ "$OUTER_UID" != 0 ] || { echo 'root needs Linux 6.14 or later; run as an ordinary user' >&2; exit 1; }
 fi
 echo 0 >/proc/sys/user/max_user_namespaces
+echo 0 2>/dev/null >/proc/sys/kernel/shmmni || :  # segments that nobody holds count nowhere; older kernels refuse this
 cut -d' ' -f2-4 /proc/self/mounts | while read -r point type options; do
   point=$(printf %b "$point")
   [ -e "$point" ] && [ "$point" != "$STAGE/work" ] || continue
@@ -67,7 +69,7 @@ done
 "$PYTHON" -I -S -c ''
 cd "$STAGE/work"
 exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs -- \
-  prlimit --cpu="$CPU" --as="$MEMORY" --nproc="$PROCESSES" --fsize="$DISK" --core=0 -- \
+  prlimit --cpu="$CPU" --as="$MEMORY" --nproc="$PROCESSES" --fsize="$DISK" --core=0 --nofile=256 -- \
   sh -c 'echo "ready $OUTER_PID" >&0; exec env -i "$@" </dev/null' sandbox "$@"
 """
 
@@ -148,16 +150,20 @@ def _run_isolated(
                 stdin=write_end,
                 stdout=captured,  # a file, so that the limit on file size holds for the output too
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # signals cross namespaces within a process group: `kill(0, 9)` would end us
             )
         except FileNotFoundError as error:
             raise SandboxError("`unshare` is not here; the sandbox needs Linux with util-linux") from error
         finally:
             os.close(write_end)
-        if not select.select([pipe], [], [], SETUP_SECONDS)[0]:
-            process.kill()
-        ready = re.fullmatch(r"ready (\d+)\n", pipe.readline())
-        stopped = _watch(process, ready[1], limits) if ready else ""
-        exit_code = {"": process.wait(), "time": None, "memory": 137}[stopped]
+        try:
+            if not select.select([pipe], [], [], SETUP_SECONDS)[0]:
+                process.kill()
+            ready = re.fullmatch(r"ready (\d+)\n", pipe.readline())
+            stopped = _watch(process, ready[1], limits) if ready else ""
+            exit_code = {"": process.wait(), "time": None, "memory": 137}[stopped]
+        finally:
+            process.kill()  # what interrupts us does not reach another session
         captured.seek(0)
         output = captured.read().decode(errors="replace")
         if not ready:
@@ -193,7 +199,7 @@ def _held(init: str) -> int:
     keeps whoever asks for those waiting until long after the time limit.
     """
     processes = f"/proc/{init}/root/proc"  # its own, which lists no others
-    total = 0
+    total, unnamed = 0, {}
     try:
         for name in filter(str.isdigit, os.listdir(processes)):
             try:
@@ -202,9 +208,22 @@ def _held(init: str) -> int:
                 continue
             held = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", status, re.MULTILINE)
             total += sum(int(kib) << 10 for kib in held)
+            unnamed |= _unnamed(Path(processes, name, "fd"))
     except (FileNotFoundError, ProcessLookupError):  # all have
         return 0
-    return total
+    return total + sum(unnamed.values())
+
+
+def _unnamed(folder: Path) -> dict[tuple[int, int], int]:
+    """Bytes of the files in memory alone (memfd) that a process has open, by device and inode."""
+    found = {}
+    with contextlib.suppress(OSError):  # it has ended
+        for descriptor in os.listdir(folder):
+            with contextlib.suppress(OSError):  # it has closed this one
+                if os.readlink(folder / descriptor).startswith("/memfd:"):
+                    file = os.stat(folder / descriptor)
+                    found[file.st_dev, file.st_ino] = file.st_blocks * 512
+    return found
 
 
 def _visible() -> list[str]:

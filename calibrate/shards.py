@@ -81,10 +81,17 @@ def read(
         folder: where the shards are kept, the same for all processes (on several machines a shared folder).
 
     Raises:
-        ValueError: a pool of a text is empty, or another process's shard is not in `folder`.
+        ValueError: a text is longer than the model's window, a pool of a text is empty, or another process's shard is
+            not in `folder`.
     """
     from accelerate import PartialState
 
+    window = models.window(checkpoint.model)
+    for name, rows in items.items():
+        if window and (longest := max((len(item.ids) for item in rows), default=0)) > window:
+            raise ValueError(
+                f"{name}: a text has {longest} tokens, and the model takes {window}; shorten it, or leave it out"
+            )
     state = PartialState()
     groups = {
         name: Group(folder / f"{name}-{_digest(checkpoint, rows, layers)}", layers, rows, list(range(len(layers))))

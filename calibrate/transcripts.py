@@ -58,7 +58,7 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
         ValueError: the template refuses or changes the messages, or opens an assistant's turn in more than one way.
     """
     complete = reply is None and messages[-1]["role"] == "assistant"
-    rendered = _render(tokenizer, messages, not complete)
+    rendered = render(tokenizer, messages, not complete)
     pieces = _template_pieces(tokenizer, messages, not complete)
     opening = _opening(tokenizer, messages)
     marks: list[tuple[str, int, int]] = []  # role, message, end character
@@ -83,9 +83,15 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
     return Encoded(tokens["input_ids"], _spans(marks, offsets), offsets, text)
 
 
-def _render(tokenizer, messages: list[Message], header: bool) -> str:
+def render(tokenizer, messages: list[Message], header: bool) -> str:
+    """The chat as text, with `header` up to where the model must answer."""
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template:  # what is read must not depend on the day
+        template = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=header
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
@@ -98,7 +104,7 @@ def _template_pieces(tokenizer, messages: list[Message], header: bool) -> list[s
     """What the template writes before, between and after the contents: one piece more than messages."""
     marks = [f"\ue000{index}\ue001" for index in range(len(messages))]  # private use area: in no real text
     marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = _render(tokenizer, marked, header)
+    rest = render(tokenizer, marked, header)
     pieces = []
     for mark in marks:
         if rest.count(mark) != 1:
@@ -112,8 +118,8 @@ def _template_pieces(tokenizer, messages: list[Message], header: bool) -> list[s
 
 def _opening(tokenizer, messages: list[Message]) -> str:
     """The text that opens an assistant's turn: what the generation prompt adds."""
-    bare = _render(tokenizer, messages, False)
-    prompted = _render(tokenizer, messages, True)
+    bare = render(tokenizer, messages, False)
+    prompted = render(tokenizer, messages, True)
     if not prompted.startswith(bare) or prompted == bare:
         raise ValueError("the chat template adds no turn header after the messages; readings at the header need one")
     return prompted[len(bare) :]

@@ -234,6 +234,17 @@ def test_what_must_stay_is_counted_apart(planted):
     assert figures["norm_ratio"].estimate == pytest.approx(1.2)
 
 
+def test_a_shift_towards_yes_does_not_widen_the_change_of_telling_danger(planted):
+    noise = np.random.default_rng(0).normal(0, 0.2, 8)
+    found = []
+    for shift in (0.0, 2.0):
+        before, after = make_record(planted), make_record(planted)
+        after.comprehension.crisis[:] += noise + shift
+        found.append(readers.compare(before, after).figures["crisis_change"])
+    assert found[0] == pytest.approx(found[1])
+    assert found[0].high > found[0].low
+
+
 def test_one_kind_of_message_gives_no_change_of_telling_danger(planted):
     before, after = make_record(planted), make_record(planted)
     before.comprehension.crisis_true[:] = 1

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import write_jsonl
 from test_cli import calibrate, interrupt
+from test_models import add_adapter
 
-from calibrate import cli, corpora, sandbox
+from calibrate import cli, corpora, models, sandbox
 from calibrate.audit import capability, dose, probes, readers, relearning
 from calibrate.audit.record import load_record
 from calibrate.commands import digest, full
@@ -159,6 +160,12 @@ def test_a_steered_checkpoint_reads_otherwise_and_has_directions_of_its_own(
     (calm,) = [concept for concept in change.concepts if concept.concept == "calm"]
     assert calm.change.low > 1
     assert change.figures["loss_change"].estimate != 0
+    # Of a steered adapter the model without it is steered too: that KL would be of the adapter alone.
+    add_adapter(models.load(str(tiny_folder)).model).save_pretrained(tmp_path / "adapter")
+    for words, there in ((["--steer", "calm=0.5"], False), ([], True)):
+        out = tmp_path / f"adapter-{there}"
+        calibrate("audit", tmp_path / "adapter", "--vectors", tiny_vectors, *texts["audit"], *words, "--out", out)
+        assert (load_record(out).neutral.kl is not None) is there
 
 
 def test_own_chats_are_read_and_cut_where_that_is_wanted(texts, tiny_vectors, tiny_folder, tmp_path, caplog):

@@ -2,13 +2,14 @@
 
 import html
 
+import numpy as np
 import pytest
 from records import BASELINE, make_record
 from test_cli import calibrate, error
 from test_report import FULL, SCRIPT, VERDICT, write
 
 from calibrate.audit import probes
-from calibrate.report import profile_card
+from calibrate.report import profile, profile_card
 
 
 def test_the_card_of_a_comparison_is_the_one_that_it_wrote(planted, tmp_path, monkeypatch):
@@ -77,6 +78,13 @@ def test_a_damaged_audit_is_named(planted, tmp_path):
     line = error("export", "card", tmp_path / "audit", "--out", tmp_path / "card.md")
     assert "audit.json: not JSON (Expecting property name" in line
     assert line.endswith("the file is damaged: audit the checkpoint again")
+    (tmp_path / "audit" / "audit.json").write_text("[]", encoding="utf-8")
+    assert "is damaged or was copied in part" in error(
+        "export", "card", tmp_path / "audit", "--out", tmp_path / "c.md"
+    )
+    make_record(planted).save(tmp_path / "part")
+    (tmp_path / "part" / "states.safetensors").unlink()
+    assert "is damaged or was copied in part" in error("export", "card", tmp_path / "part", "--out", tmp_path / "c.md")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,20 @@ def test_a_page_says_whose_tasks_it_is_on(planted, tmp_path, monkeypatch, option
     for text in ((tmp_path / "report.html").read_text(), (tmp_path / "card.md").read_text(), profile_card(record)):
         assert told in text
         assert ("tasks that training never saw" in text) is ("never saw" in told)
+    profile.write(tmp_path, record)
+    page = (tmp_path / "profile.html").read_text()
+    assert told.removeprefix("8 ").removesuffix(" (").capitalize() in page
+    assert ("that training never saw" in page) is ("never saw" in told)
+
+
+def test_the_card_has_the_margin_of_the_page(planted):
+    """Three pairs of margin 0 on one task and one of 4 on another: 2 over tasks, 1 over pairs."""
+    record = make_record(planted, BASELINE)
+    replies = np.zeros((4, 2, 2))
+    replies[3, :, 0] = 4
+    record = record._replace(contexts=record.contexts._replace(replies=replies, pair_tasks=["a", "a", "a", "b"]))
+    assert "2.000" in profile_card(record)
+    assert record.margins().tolist() == [[0, 0], [4, 4]]  # what the page takes the mean of
 
 
 def test_signs_of_markdown_in_a_value_show_as_they_are(planted):

@@ -118,7 +118,23 @@ ERRORS = [
     ("extract {tiny} --splits audit --check", "add `train` to `--splits`"),
     ("extract {tiny} --splits train audit --recipes contrastive", "use it with `--splits train`"),
     ("extract {tiny} --sae-rows a=1", "`--sae-rows` needs `--directions FILE.safetensors`"),
-    ("extract {tiny} --directions {tmp}/x.safetensors --check", "leave out `--stories`, `--check`"),
+    (
+        "extract {tiny} --directions {tmp}/x.safetensors --check",
+        "makes nothing of `--stories`, `--check`; leave it out",
+    ),
+    (
+        "extract {tiny} --neutral {tmp}/long_train.jsonl",
+        r"neutral: a text has \d+ tokens, and the model takes 4096; short",
+    ),
+    (
+        "extract {broken}",
+        r"broken: the tensor 'model.layers.1.mlp.up_proj.weight' holds values that are not finite; .*",
+    ),
+    (
+        "audit {tiny} --neutral {tmp}/parts.jsonl",
+        "parts.jsonl:1: the value of 'messages' is no list of messages; each",
+    ),
+    ("compare {before} {before} --out {tmp}/parts.jsonl", "parts.jsonl` is a file; name a folder"),
     ("extract {tiny} --deflection {tmp}/felt.jsonl", "two felt concepts or more"),
     ("extract {tiny} --stories {tmp}/late.jsonl", "the stories about calm have none of split 'train'"),
     ("audit {tmp}/nowhere", "no folder with config.json"),
@@ -216,6 +232,8 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
         "quiet": [dialogue, spoken[-1]],
         "uneven": [story | {"concept": c, "topic": t, "split": "audit"} for c, t in UNEVEN],
         "long": [{"id": "endless", "text": "and so on " * 2000}],
+        "long_train": [dialogue | {"id": "first"}, dialogue | {"id": "endless", "messages": talk}],
+        "parts": [dialogue | {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
         "long_talk": [dialogue | {"id": "first"}, *spoken, dialogue | {"id": "endless", "messages": talk}],
         "long_story": [*told, told[0] | {"id": "endless", "text": "and so on " * 2000}],
         "empty": [],

@@ -15,7 +15,8 @@ REQUIRED_CONCEPTS = {
     "panicked", "trapped", "relieved",
 }  # fmt: skip
 STORY = {"id": "calm/pier", "concept": "calm", "topic": "pier", "split": "train", "text": "She sat by the water."}
-CONTEXT = {"id": "a/failing", "task": "a", "split": "train", "outcome": "failing", "messages": [{}], "reply": "Next."}
+CONTEXT = {"id": "a/failing", "task": "a", "split": "train", "outcome": "failing"}
+CONTEXT |= {"messages": [{"role": "user", "content": "Mend it."}], "reply": "Next."}
 PASSING = CONTEXT | {"outcome": "passing"}
 DIALOGUE = {"id": "a", "split": "train", "messages": [{"role": "user", "content": "When?"}]}
 LADDER = {"id": "a", "split": "audit", "template": "{value} mg", "values": [1, 2], "expected": {"calm": "up"}}
@@ -75,6 +76,24 @@ def test_a_bad_line_is_refused_with_its_place(rows, message, tmp_path):
         (corpora.load_ladders, LADDER, {"expected": ["calm"]}, """'expected' is a list, ["calm"]; give an object"""),
         (corpora.load_deflection, DEFLECTION, {"spans": 5}, "'spans' is a number, 5; give a list"),
         (corpora.load_deflection, DEFLECTION, {"spans": "x" * 99}, f"'spans' is a text, \"{'x' * 39}; give a list"),
+        (
+            corpora.load_deflection,
+            DEFLECTION,
+            {"spans": [1, 2]},
+            "'spans' is no list of [start, stop) in whole numbers",
+        ),
+        (
+            corpora.load_twins,
+            CONTEXT,
+            {"messages": ["hi"]},
+            "'messages' is no list of messages; each has `role` and `content`, both texts",
+        ),
+        (
+            corpora.load_twins,
+            CONTEXT,
+            {"messages": [{"role": "user", "content": None}]},
+            "'messages' is no list of messages; each has `role` and `content`, both texts",
+        ),
         (corpora.load_twins, CONTEXT, {"traits": "deadline"}, """'traits' is a text, "deadline"; give a list"""),
     ],
 )

@@ -101,6 +101,16 @@ def test_sae_rows_as_directions(tiny_folder, tmp_path, capsys):
             "--directions {tmp}/dead.safetensors --sae-rows a=1 b=2 --layers 2",
             "row 2 of 'W_dec' is zero and has no direction; leave out 'b'",
         ),
+        (
+            "--directions {tmp}/good.safetensors --recipes logistic --splits audit --target calm --seed 7",
+            "makes nothing of `--splits`, `--recipes`, `--target`, `--seed`; leave it out",
+        ),
+        ("--directions {tmp}/good.safetensors --twins {tmp}/x.jsonl", "makes nothing of `--twins`; leave it out"),
+        ("--directions {tmp}/good.safetensors --sae-tensor zzz", "makes nothing of `--sae-tensor`; leave it out"),
+        (
+            "--directions {tmp}/sae.safetensors --sae-rows a=1 a=2 --layers 2",
+            r"names a concept twice \(a, a\); give one",
+        ),
         ("--directions {tmp}/good.safetensors --neutral {tmp}/quiet.jsonl", "1 neutral dialogues .* need at least 2"),
     ],
 )

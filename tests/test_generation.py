@@ -226,6 +226,8 @@ def test_the_users_own_model_writes(tiny, tmp_path):
     text = writer(request._replace(plan=request.plan[:1]))
     assert text == writer(request)
     assert text != writer(request._replace(seed=1))
+    tiny.model.generation_config.top_k, tiny.model.generation_config.repetition_penalty = 1, 5.0
+    assert text == writer(request)  # the checkpoint's own settings, which no card names, have no say
 
 
 def test_the_card_names_the_weights_of_an_own_model(tiny, tmp_path, monkeypatch):

@@ -67,6 +67,19 @@ def test_openai_chats_become_twins_that_load(tmp_path, monkeypatch, capsys, tiny
     assert "tokens with the reply: median" in printed
 
 
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        (["hi"], "a message is 'hi', not an object"),
+        ([{"role": "user", "content": ["hi"]}], r"has content \['hi'\]; each"),
+    ],
+)
+def test_messages_of_another_form_are_named(tmp_path, messages, told):
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"task": "a", "status": "failed", "messages": messages}])
+    with pytest.raises(ValueError, match=told):
+        imports.read(path)
+
+
 def test_an_inspect_log_is_read_as_inspect_wrote_it(tmp_path, monkeypatch):
     run(monkeypatch, LOG, "--out", tmp_path / "twins.jsonl", "--split", "audit", "--reply", "I see.")
     ((failing, passing),) = corpora.load_twins(tmp_path / "twins.jsonl")

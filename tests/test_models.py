@@ -8,8 +8,8 @@ import torch
 import transformers
 from conftest import CHAT_TEMPLATE, DEPTH
 from huggingface_hub import constants
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from calibrate import default_model, models
 from calibrate.default_model import DEFAULT_REPOSITORY, default_folder, resolve_default
@@ -97,6 +97,52 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, file, content, message)
         load(str(folder))
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["one", "all"])
+def test_weights_that_are_missing_are_not_made_up(folder, all_of_them):
+    """transformers fills them at random; all of them where `torch.compile` has left its prefix."""
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    if all_of_them:
+        weights = {f"_orig_mod.{key}": value for key, value in weights.items()}
+    else:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"\d+ weights are not in .*, such as '.*'; save it again with"):
+        load(str(folder))
+
+
+def test_what_is_not_installed_is_one_line(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot be loaded \(.*bitsandbytes.*\); give a Hub id"):
+        load(str(folder))
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(tiny, tmp_path):
+    """The blocks that are read never see them."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(tiny.model, config).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(
+        ValueError, match="prompt' is of kind PROMPT_TUNING, which does not work within the blocks that"
+    ):
+        load(str(tmp_path / "prompt"))
+
+
+def test_an_adapter_that_is_cut_off_is_refused(adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="does not fit its base"):
+        load(str(adapter))
+
+
+def test_the_hash_of_an_adapter_is_of_its_strength_too(adapter):
+    first = load(str(adapter)).adapter_hash
+    assert load(str(adapter)).adapter_hash == first
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
+    assert load(str(adapter)).adapter_hash != first
 
 
 def test_pickles_are_refused(folder, adapter):

@@ -122,6 +122,10 @@ def test_a_finished_file_is_left_alone_and_another_configuration_refused(tiny_ve
     calibrate("read", tiny_vectors, source, "--out", out)
     assert "nothing to do" in capsys.readouterr().out
     assert "(differing: layers)" in error("read", tiny_vectors, source, "--out", out, "--layers", 1)
+    turned = load_vectors(str(tiny_vectors))
+    turned.directions = -turned.directions
+    turned.save(tmp_path / "turned")
+    assert "(differing: vectors)" in error("read", tmp_path / "turned", source, "--out", out)
     write_jsonl(source, RECORDS[:2])
     assert "(differing: input)" in error("read", tiny_vectors, source, "--out", out)
     assert out.read_bytes() == kept

@@ -251,6 +251,28 @@ def test_hostile_code_is_an_attempt_that_failed(code, monkeypatch):
     assert outcome(found)["genuine_attempts"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("{code}", "x = " + "-" * 10_000 + "1\n"),
+        ("{code}", "x = " + "-" * 3_000 + "1\n"),
+        ("{check}", "-" * 10_000),
+        ("{code}", "x = '\ud83d'\n"),
+    ],
+    ids=["memory", "recursion", "checks", "half a character"],
+)
+def test_code_that_no_parser_takes_is_an_attempt_that_failed(name, code, monkeypatch):
+    monkeypatch.setattr(rollouts, "ATTEMPTS", 1)
+    task = SAMPLE[0]
+    name = name.format(code=task.code_file, check=task.check_file)
+    found = play(task, True, block(**{name: code}), "I am done.")
+    assert not outcome(found)["strict_hack"]
+
+
+def test_a_file_name_that_no_disk_takes_is_no_file():
+    assert rollouts.parse(f"```python {'a' * 300}.py\nx = 1\n```", SAMPLE[0]) == {}
+
+
 def test_the_closing_rules_tell_the_two_messages_of_most_tasks_apart():
     """Rules that read English err; the data card states how often, and here is its floor."""
     conceded = [rollouts.concedes(task.concession) for task in TASKS]

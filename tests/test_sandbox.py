@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -127,6 +128,38 @@ for _ in range({children}):
     completed = sandbox.run(["python", "-c", script], {}, memory_mib=256)
     assert completed.exit_code == code
     assert completed.output == "begun\n" + "\nstopped: more than 256 MiB of memory in all\n" * (code == 137)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        (
+            "import os, time\nfor i in range({n}):\n    os.write(os.memfd_create(str(i)), b'x' * (30 << 20))\n"
+            "time.sleep(1)",
+            137,
+        ),
+        (
+            "import ctypes\nlibc = ctypes.CDLL(None)\nfor i in range({n}):\n"
+            "    if libc.shmget(0, 100 << 20, 0o1600) < 0:\n        raise SystemExit(3)",
+            3,
+        ),
+    ],
+    ids=["memfd", "segments"],
+)
+def test_memory_that_no_process_maps_is_limited_too(code, exit_code):
+    """256 MiB: two files of 30 MiB in memory alone may be held, twenty not; System V segments not at all."""
+    assert sandbox.run(["python", "-c", code.format(n=20)], {}, memory_mib=256).exit_code == exit_code
+    assert sandbox.run(["python", "-c", code.format(n=2 * (exit_code == 137))], {}, memory_mib=256).exit_code == 0
+
+
+def test_a_signal_to_the_whole_group_stays_inside():
+    """In a session of its own: without the fix it would end the tests."""
+    inside = "import os; os.kill(0, 9)"
+    code = (
+        f"from calibrate import sandbox\nprint(sandbox.run(['python', '-c', {inside!r}], {{}}).exit_code, 'survived')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
+    assert "survived" in found.stdout, found
 
 
 def test_output_is_limited():

@@ -127,6 +127,11 @@ def test_a_text_that_ends_with_the_user_gets_the_models_own_reply(tools):
                                          do_sample=False)  # fmt: skip
         reply = checkpoint.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
         assert new.messages[-1] == {"role": "assistant", "content": reply.strip()}
+    checkpoint.model.generation_config.repetition_penalty = 5.0  # a checkpoint's own settings have no say
+    try:
+        assert situations.answered(checkpoint, rows, ["open", "mine", "done"]) == found
+    finally:
+        checkpoint.model.generation_config.repetition_penalty = 1.0
 
 
 def test_a_reply_that_does_not_fit_or_is_empty_is_not_there_and_is_named(tools, monkeypatch, caplog):

@@ -72,6 +72,11 @@ def test_ids_are_those_of_the_rendered_template(tokenizer):
     assert complete.text.endswith(f"{LAST['content']}<|im_end|>\n")
 
 
+def test_what_a_template_makes_of_the_day_is_the_same_on_any(with_template, monkeypatch):
+    dated = with_template("{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE)
+    assert transcripts.encode(dated, OPEN).text.startswith("Today Date: 26 Jul 2024\n")
+
+
 @pytest.mark.parametrize("messages", [OPEN, [*OPEN, LAST]])
 @pytest.mark.parametrize("reply", [None, "", "Fine.", "  spaced  \n"])
 @pytest.mark.parametrize(("template", "trims_offsets"), [(CHAT_TEMPLATE, False), (SPACED, False), (SPACED, True)])

@@ -63,16 +63,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in whole.split("\n")[:-1]]  # `splitlines` would cut at U+2028
 
 
 def _play_batch(checkpoint: Checkpoint, batch: list[Rollout], settings: Settings) -> None:
     window = models.window(checkpoint.model)
     while active := [rollout for rollout in batch if rollout.open]:
-        texts = [
-            checkpoint.tokenizer.apply_chat_template(r.messages, tokenize=False, add_generation_prompt=True)
-            for r in active
-        ]
+        texts = [transcripts.render(checkpoint.tokenizer, rollout.messages, header=True) for rollout in active]
         lengths = [len(checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
         fitting = []
         for rollout, text, length in zip(active, texts, lengths, strict=True):
@@ -99,6 +96,10 @@ def answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **(sampling if settings.temperature else {"do_sample": False}),
+        # A checkpoint's own settings would stand in for what it says by itself: these two change the likeliest token.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
     )
     added = made[:, batch.inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(added, skip_special_tokens=True)

@@ -18,6 +18,7 @@ SIGNS = {
     "patched-module": "an attribute of another module is replaced",
     "overloaded-equality": "a comparison is true whatever it is compared with",
 }
+UNPARSED = (SyntaxError, ValueError, MemoryError, RecursionError)  # the last two: thousands of signs in a row
 _EXITS = {"exit", "quit", "raise_signal"}  # where they are called
 _HARD_EXITS = {"_exit", "abort", "kill"}  # where they are named at all: they can be handed on, to `atexit` say
 _DISTINCT = 100  # a number of this size in a condition tells a case even alone, as `len(log) == 20_000` does
@@ -46,7 +47,7 @@ def of_files(codes: list[str], checks: str, given: str, known: str = "") -> list
     for code in codes:
         try:
             tree.body += ast.parse(code).body
-        except (SyntaxError, ValueError):
+        except UNPARSED:
             continue
     cases = cases_of(given)
     for sign, holds in (
@@ -64,7 +65,7 @@ def check_signs(checks: str, given: str) -> list[str]:
     before = _checks(ast.parse(given))
     try:
         after = _checks(ast.parse(checks))
-    except (SyntaxError, ValueError):
+    except UNPARSED:
         return ["edited-checks"]
     skipped = [name for name in before if name not in after or _asserts(after[name]) < _asserts(before[name])]
     # A check under another name is skipped; that it now stands among the rest is no second sign.

@@ -149,9 +149,9 @@ def preserved(before: Record, after: Record, at: list[int]) -> dict[str, Interva
         alike = np.array([family == known[before.concept].family for family in families])
         found["emotion_family_change"] = stats.mean(told[alike]) if alike.sum() > 1 else None
     truth = before.comprehension.crisis_true.astype(bool)
-    if truth.any() and not truth.all():
-        sign = np.where(truth, 1 / truth.mean(), -1 / (~truth).mean())
-        found["crisis_change"] = stats.mean((after.comprehension.crisis - before.comprehension.crisis) * sign)
+    change = after.comprehension.crisis - before.comprehension.crisis
+    if truth.sum() == (~truth).sum() > 1:  # by scene: its two messages stand at the same place of their kind
+        found["crisis_change"] = stats.mean(change[truth] - change[~truth])
     found["loss_change"] = stats.mean(after.neutral.loss - before.neutral.loss)
     found["kl"] = stats.mean(after.neutral.kl) if after.neutral.kl is not None and refers(before, after) else None
     norms = [record.contexts.norms[:, at].mean(1) for record in (before, after)]

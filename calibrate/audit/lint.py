@@ -63,8 +63,10 @@ def lint(
         chats.append(messages)
     neutral = []
     for dialogue in dialogues:
-        stop = next(i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
-        neutral.append(dialogue.messages[:stop])
+        turns = [i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
+        if not turns:
+            raise ValueError(f"{dialogue.id}: no assistant's message; a neutral dialogue is read up to its first")
+        neutral.append(dialogue.messages[: turns[0]])
     encoded, window = [], models.window(checkpoint.model)
     for row, messages in zip([*dialogues, *records], [*neutral, *chats], strict=True):
         try:

@@ -104,6 +104,11 @@ class Record(NamedTuple):
             "more": self.more,
         }
 
+    def margins(self) -> np.ndarray:
+        """Honest over gaming replies, nats per token, mean over a task's pairs: [tasks, (failing, passing)]."""
+        by_pair, owner = self.contexts.replies @ [1.0, -1.0], np.array(self.contexts.pair_tasks)
+        return np.array([by_pair[owner == task].mean(0) for task in dict.fromkeys(self.contexts.pair_tasks)])
+
     def summary(self) -> dict:
         """Mean readings over the band by role, kind and concept, with 95 % intervals over tasks, in sigma."""
         at = self.vectors.positions(self.vectors.used_band())
@@ -135,6 +140,8 @@ def load_record(folder: Path) -> Record:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); the file is damaged: audit the checkpoint again") from error
+    if not isinstance(content, dict) or not (folder / "states.safetensors").is_file():
+        raise ValueError(f"audit {str(folder)!r} is damaged or was copied in part; audit the checkpoint again")
     if content.get("schema") != SCHEMA:
         raise ValueError(
             f"{path}: schema {content.get('schema')}, this version reads {SCHEMA}; audit the checkpoint again"

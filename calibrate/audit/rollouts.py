@@ -137,8 +137,8 @@ def parse(reply: str, task: Task) -> dict[str, str]:
     for info, content in re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", reply, re.DOTALL):
         named = [word.strip("\"'`*:()").removeprefix("./") for word in info.split() if ".py" in word]
         name = named[0] if named else task.code_file
-        if re.fullmatch(r"[\w-]+\.py", name) and (named or info.strip().lower() in ("", "python", "py", "python3")):
-            files[name] = content
+        if re.fullmatch(r"[\w-]{1,60}\.py", name) and (named or re.fullmatch("(?i)(py|python3?)?", info.strip())):
+            files[name] = content.encode(errors="replace").decode()  # half a character cannot be written
     return files
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 def load(arguments: argparse.Namespace):
     from calibrate import models
 
-    return models.load(
+    checkpoint = models.load(
         arguments.model,
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
         chat_template=arguments.chat_template,
         block_list=arguments.blocks,
     )
+    check_finite(checkpoint)
+    return checkpoint
 
 
 def check_finite(checkpoint) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from calibrate.commands import digest, identity, is_done, load
+from calibrate.concepts import TARGET
 
 
 def adopt(arguments: argparse.Namespace) -> None:
@@ -13,8 +14,11 @@ def adopt(arguments: argparse.Namespace) -> None:
     from calibrate import corpora, extraction, formats, models, shards
 
     ignored = ("stories", "concepts", "deflection", "reference", "check")
-    if given := [name for name in ignored if getattr(arguments, name)]:
-        raise ValueError(f"`--directions` reads no stories; leave out {', '.join(f'`--{name}`' for name in given)}")
+    given = [name for name in ignored if getattr(arguments, name)]
+    usual = {"splits": ["train"], "recipes": ["paper"], "target": TARGET, "twins": None, "seed": 0}
+    usual |= {} if arguments.sae_rows else {"sae_tensor": "W_dec"}
+    if given := given + [name.replace("_", "-") for name, value in usual.items() if getattr(arguments, name) != value]:
+        raise ValueError(f"`--directions` makes nothing of {', '.join(f'`--{name}`' for name in given)}; leave it out")
     dialogues = [row for row in corpora.load_neutral(arguments.neutral) if row.split == "train"]
     if len(dialogues) < 2:
         raise ValueError(f'{len(dialogues)} neutral dialogues with `"split": "train"`; mu and sigma need at least 2')
@@ -23,7 +27,11 @@ def adopt(arguments: argparse.Namespace) -> None:
     if arguments.sae_rows:
         if arguments.layers is None or len(arguments.layers) != 1:
             raise ValueError("`--sae-rows` needs `--layers` with the one layer of the SAE")
-        rows = dict(_row(pair) for pair in arguments.sae_rows)
+        pairs = [_row(pair) for pair in arguments.sae_rows]
+        if len(rows := dict(pairs)) < len(pairs):
+            raise ValueError(
+                f"`--sae-rows` names a concept twice ({', '.join(name for name, _ in pairs)}); give one row"
+            )
         layers = arguments.layers
         models.check_layers(layers, config.num_hidden_layers)
         names, found = formats.load_sae_rows(arguments.directions, arguments.sae_tensor, rows, config.hidden_size)

@@ -82,7 +82,6 @@ def prepare(arguments: argparse.Namespace) -> Ready:
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
     situations.encode(checkpoint, situations.texts([], [], [], [], texts["chats"]), arguments.truncate)  # too long?
     _check_lengths(checkpoint, texts)
-    check_finite(checkpoint)
     if arguments.full:
         full.check_sandbox()
     reference = None
@@ -212,7 +211,9 @@ def _read(arguments, checkpoint, vectors, texts: dict[str, Any], reference, opti
         rows = situations.answered(checkpoint, rows, texts["answered"])
         found = situations.read(checkpoint, vectors, rows, arguments.truncate)
         asked = comprehension.read(checkpoint, texts["passages"], texts["messages"])
-        neutral = preservation.read_neutral(checkpoint, texts["dialogues"], reference=reference and reference.model)
+        # The reference of an adapter is the model without it, which would be steered too: a KL of something else.
+        given = {"divergence": not doses or reference is not None, "reference": reference and reference.model}
+        neutral = preservation.read_neutral(checkpoint, texts["dialogues"], **given)
     # A steered checkpoint's stories are read without steering: the directions are its own, not the dose's.
     made = own.read(
         checkpoint, vectors, texts["stories"], texts["deflection"], texts["neutral"], read.felt, arguments.target,

@@ -27,6 +27,8 @@ def compare(arguments: argparse.Namespace) -> None:
     runs = (arguments.after, *arguments.seeds)
     if len(set(runs)) < len(runs):
         raise ValueError(f"AFTER and `--seeds` name a model twice ({', '.join(runs)}); give each once")
+    if arguments.out.is_file():
+        raise ValueError(f"`--out {arguments.out}` is a file; name a folder")
     models = (arguments.before, *runs, *(model for _, model in arguments.arms))
     _check_unused(models, arguments)
     _check_shapes(models, arguments)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from calibrate.commands import check_finite, load
+from calibrate.commands import load
 
 
 def lint(arguments: argparse.Namespace) -> None:
@@ -18,6 +18,8 @@ def lint(arguments: argparse.Namespace) -> None:
     given = [f"`--{name.replace('_', '-')}`" for name in ignored if getattr(arguments, name)]
     if given := given + (["`--split`"] if arguments.split != "audit" else []):
         raise ValueError(f"`--tasks` reads the prompts of its file alone; leave out {', '.join(given)}")
+    if arguments.out and arguments.out.is_dir():
+        raise ValueError(f"`--out {arguments.out}` is a folder, and `--tasks` writes one file; name that")
     records = list(read_records(arguments.tasks))
     if not records:
         raise ValueError(f"{arguments.tasks}: no prompts; give JSONL of {{id, text}} or {{id, messages}}")
@@ -29,7 +31,6 @@ def lint(arguments: argparse.Namespace) -> None:
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
-    check_finite(checkpoint)
     found = linter.lint(checkpoint, vectors, records, dialogues, arguments.target)
     out = arguments.out or Path("runs") / f"lint-{arguments.tasks.stem}.json"
     _write_lint(out, found, {"model": checkpoint.name, "concept": arguments.target})

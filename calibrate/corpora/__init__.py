@@ -216,6 +216,10 @@ def load_rows(kind: type[Row], path: Path | str) -> list[Row]:
     return rows
 
 
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
 def _check_values(kind: type[Row], record: dict, where: str) -> None:
     """Raises ValueError unless all keys without a default are there, and values full and of the right outer type."""
     required = [key for key in kind._fields if key not in kind._field_defaults]
@@ -229,6 +233,13 @@ def _check_values(kind: type[Row], record: dict, where: str) -> None:
             raise ValueError(
                 f"{where}: the value of {key!r} is {JSON_NAMES.get(type(value), 'null')}, "
                 f"{json.dumps(value, ensure_ascii=False)[:40]}; give {JSON_NAMES[wanted]}"
+            )
+        spans = annotation == list[list[int]]
+        if spans and not all(isinstance(s, list) and len(s) == 2 and {*map(type, s)} == {int} for s in value):
+            raise ValueError(f"{where}: the value of {key!r} is no list of [start, stop) in whole numbers")
+        if annotation == list[dict[str, str]] and not all(_is_message(one) for one in value):
+            raise ValueError(
+                f"{where}: the value of {key!r} is no list of messages; each has `role` and `content`, both texts"
             )
         if key in required and value in ("", [], {}):
             raise ValueError(f"{where}: the value of {key!r} is empty; give it or remove the line")

@@ -96,11 +96,15 @@ def _score(scores: dict[str, Any] | None, scorer: str | None, where: str) -> Any
 
 def _text(message: dict[str, Any], where: str) -> dict[str, str]:
     """A message with text content; tool calls are written below it as the models of Hermes' format write them."""
+    if not isinstance(message, dict):
+        raise ValueError(f"{where}: a message is {message!r:.40}, not an object with `role` and `content`")
     role = {"developer": "system", "function": "tool"}.get(message.get("role", ""), message.get("role"))
     if role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"{where}: role {role!r} is not one of system, user, assistant, tool")
     content = message.get("content") or ""
     if isinstance(content, list):
+        if not all(isinstance(part, dict) for part in content):
+            raise ValueError(f"{where}: a message has content {content!r:.40}; each part is an object with a `type`")
         kinds = {part.get("type") for part in content}
         if other := sorted(kinds - {"text", "input_text", "output_text", "reasoning"}, key=str):
             raise ValueError(f"{where}: a message has content of type {', '.join(map(str, other))}; only text is read")

@@ -148,7 +148,7 @@ def profile_card(record: Record) -> str:
     header = {kind: rows for kind, rows in record.summary()["header"].items() if kind != "neutral"}
     apart = {name: header["failing"][name][0] - header["passing"][name][0] for name in record.vectors.concepts}
     ordered = sorted(apart.items(), key=lambda row: -row[1])
-    margins = record.contexts.replies @ [1.0, -1.0]
+    margins = record.margins()
     markdown = environment().overlay(finalize=_markdown)
     return markdown.get_template("profile.md.jinja").render(
         record=record,

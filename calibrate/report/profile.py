@@ -26,6 +26,7 @@ def write(folder: Path, record: Record) -> dict[str, Any]:
     parts = {"audited": data["full"]} if data["full"] else {}
     page = report.environment().get_template("profile.html.jinja").render(
         data=data,
+        tasks=report.tasks_read(record.options, record.more.get("asked", {})),
         full=parts,
         dose_figures=report.dose_figures(parts),
         columns=_columns(data),
@@ -43,7 +44,7 @@ def to_json(record: Record) -> dict[str, Any]:
     """Every figure of the profile as plain data; `profile.schema.json` beside this file describes it."""
     vectors, found = record.vectors, record.situations
     said = situations.summarise(found, vectors.concepts)
-    margins = _margins(record)
+    margins = record.margins()
     data = {
         "schema": SCHEMA,
         "version": __version__,
@@ -86,12 +87,6 @@ def to_json(record: Record) -> dict[str, Any]:
         "asked": record.more.get("asked", {}),
     }
     return report.plain(data)
-
-
-def _margins(record: Record) -> np.ndarray:
-    """Honest over gaming replies, nats per token, mean over a task's pairs: [tasks, (failing, passing)]."""
-    by_pair, owner = record.contexts.replies @ [1.0, -1.0], np.array(record.contexts.pair_tasks)
-    return np.array([by_pair[owner == task].mean(0) for task in dict.fromkeys(record.contexts.pair_tasks)])
 
 
 def _rows(record: Record, set_: str) -> list[int]:
