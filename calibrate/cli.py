@@ -27,7 +27,7 @@ def main() -> None:
     try:
         home = import_module(f"calibrate.commands.{HOMES[verb]}")
         getattr(home, "import_" if verb == "import" else verb)(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a folder below a file, a full disk
         sys.exit(f"error: {error}")
 
 

@@ -86,7 +86,7 @@ def write(
             still = cells[start : start + concurrency]
             for _ in range(rounds):
                 still = [cell for cell in still if corpus.have[cell] < settings.per_cell]
-                requests = [_request(settings, *cell, topics, corpus.attempt[cell]) for cell in still]
+                requests = [_request(settings, *cell, corpus.attempt[cell]) for cell in still]
                 for request, text in zip(requests, pool.map(writer, requests), strict=True):
                     bar.update(corpus.add(request, text, file))
                     corpus.attempt[request.concept, request.topic] += 1
@@ -178,7 +178,7 @@ def load_topics(path: Path | None = None) -> list[str]:
     return topics
 
 
-def _request(settings: Settings, concept: str, topic: str, topics: list[str], attempt: int) -> Request:
+def _request(settings: Settings, concept: str, topic: str, attempt: int) -> Request:
     first = attempt * settings.per_request
     plan = [(("first", "third")[i % 2], FORMS[i % len(FORMS)]) for i in range(first, first + settings.per_request)]
     row = load_concepts()[concept]

@@ -19,10 +19,6 @@ class Interval(NamedTuple):
         """True where the whole interval lies above `value`."""
         return self.low > value
 
-    def below(self, value: float) -> bool:
-        """True where the whole interval lies below `value`."""
-        return self.high < value
-
 
 def bootstrap(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0) -> Interval:
     """Percentile bootstrap of `statistic(*arrays)` over the first axis, drawn jointly so that pairs stay paired.

@@ -76,7 +76,7 @@ def test_an_association_is_found_where_it_is_planted_and_nowhere_else():
     readings[:, 2] = -elo / 200 + generator.normal(0, 0.3, 40)
     found = preferences.associations(list("abcdef"), readings, elo)
     assert [row.p < 0.05 for row in found] == [False, False, True, False, False, False]
-    assert found[2].correlation.below(-0.8)
+    assert found[2].correlation.high < -0.8
 
 
 def test_compression_is_no_effect_and_a_shift_is():

@@ -120,7 +120,7 @@ ERRORS = [
     ("extract {tiny} --sae-rows a=1", "`--sae-rows` needs `--directions FILE.safetensors`"),
     (
         "extract {tiny} --directions {tmp}/x.safetensors --check",
-        "makes nothing of `--stories`, `--check`; leave it out",
+        "makes nothing of `--stories`, `--check`, `--twins`; leave it out",
     ),
     (
         "extract {tiny} --neutral {tmp}/long_train.jsonl",
@@ -134,7 +134,6 @@ ERRORS = [
         "audit {tiny} --neutral {tmp}/parts.jsonl",
         "parts.jsonl:1: the value of 'messages' is no list of messages; each",
     ),
-    ("compare {before} {before} --out {tmp}/parts.jsonl", "parts.jsonl` is a file; name a folder"),
     ("extract {tiny} --deflection {tmp}/felt.jsonl", "two felt concepts or more"),
     ("extract {tiny} --stories {tmp}/late.jsonl", "the stories about calm have none of split 'train'"),
     ("audit {tmp}/nowhere", "no folder with config.json"),
@@ -299,6 +298,14 @@ def places(run, adapter, tiny_folder, tmp_path_factory):
     )
     run_places = {"train": run / "vectors/train", "before": run / "before", "adapter": adapter}
     return {"tmp": folder, "tiny": tiny_folder} | {name: folder / name for name in names} | run_places
+
+
+def test_a_result_that_would_stand_on_or_below_a_file_is_refused(run, texts, tiny_folder, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert error("compare", run / "before", run / "before", "--out", file).endswith("file` is a file; name a folder")
+    assert "Not a directory" in error("extract", tiny_folder, *texts["extract"], "--out", file / "deep")
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize(("command", "words"), ERRORS)

@@ -222,7 +222,7 @@ def test_the_users_own_model_writes(tiny, tmp_path):
     """A random model writes nothing usable, and the run says so; the same seed asks for the same text."""
     settings = generation.Settings(tiny.name, per_cell=1, per_request=1, temperature=1.0)
     writer = writers.model_writer(tiny, settings)
-    request = generation._request(settings, "calm", "a pier", ["a pier"], 0)
+    request = generation._request(settings, "calm", "a pier", 0)
     text = writer(request._replace(plan=request.plan[:1]))
     assert text == writer(request)
     assert text != writer(request._replace(seed=1))

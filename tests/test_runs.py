@@ -34,11 +34,13 @@ def test_an_output_folder_belongs_to_one_configuration(tmp_path, tiny_vectors):
         message = rf"another configuration .*differing: {differing}\); choose another `output_dir`"
         with pytest.raises(ValueError, match=message):
             claimed(folder, tiny_vectors, **options)
-    changed = load_vectors(str(tiny_vectors))
+    changed, turned = (load_vectors(str(tiny_vectors)) for _ in range(2))
     changed.recipe = changed.recipe | {"seed": 7}
-    changed.save(tmp_path / "vectors")
-    with pytest.raises(ValueError, match=r"differing: vectors\)"):
-        claimed(folder, tmp_path / "vectors")
+    turned.directions = -turned.directions
+    for name, vectors in (("changed", changed), ("turned", turned)):
+        vectors.save(tmp_path / name)
+        with pytest.raises(ValueError, match=r"differing: vectors\)"):
+            claimed(folder, tmp_path / name)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, tiny_vectors):

@@ -43,12 +43,9 @@ def test_tasks_are_drawn_whole():
     assert stats.bootstrap(np.sum, values) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("value", "above", "below"), [(0.9, True, False), (1, False, False), (2.5, False, False)])
-def test_an_interval_excludes_what_lies_outside_it(value, above, below):
-    interval = stats.Interval(2, 1, 3)
-    assert (interval.above(value), interval.below(value)) == (above, below)
-    mirrored = stats.Interval(-2, -3, -1)
-    assert (mirrored.below(-value), mirrored.above(-value)) == (above, below)
+@pytest.mark.parametrize(("value", "above"), [(0.9, True), (1, False), (2.5, False)])
+def test_an_interval_excludes_what_lies_outside_it(value, above):
+    assert stats.Interval(2, 1, 3).above(value) is above
 
 
 @pytest.mark.parametrize(

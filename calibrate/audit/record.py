@@ -16,7 +16,7 @@ from calibrate.audit.comprehension import Comprehension
 from calibrate.audit.contexts import Contexts
 from calibrate.audit.own import Own
 from calibrate.audit.preservation import Neutral
-from calibrate.audit.profile import Profile, TokenTrace
+from calibrate.audit.profile import KINDS, Profile, TokenTrace
 from calibrate.audit.situations import Situations, Text
 from calibrate.vectors import EmotionVectors, load_vectors
 
@@ -114,7 +114,7 @@ class Record(NamedTuple):
         at = self.vectors.positions(self.vectors.used_band())
         result: dict = {}
         for role, readings in self.profile.readings(self.vectors).items():
-            for kind in ("failing", "passing", "neutral"):
+            for kind in KINDS:
                 values = self.profile.by_task(kind, readings)[:, :, at].mean(2)
                 result.setdefault(role, {})[kind] = {
                     concept: [round(x, 4) for x in stats.mean(values[:, index])]
@@ -140,12 +140,13 @@ def load_record(folder: Path) -> Record:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); the file is damaged: audit the checkpoint again") from error
-    if not isinstance(content, dict) or not (folder / "states.safetensors").is_file():
-        raise ValueError(f"audit {str(folder)!r} is damaged or was copied in part; audit the checkpoint again")
-    if content.get("schema") != SCHEMA:
+    whole = isinstance(content, dict)
+    if whole and content.get("schema") != SCHEMA:
         raise ValueError(
             f"{path}: schema {content.get('schema')}, this version reads {SCHEMA}; audit the checkpoint again"
         )
+    if not whole or not (folder / "states.safetensors").is_file():
+        raise ValueError(f"audit {str(folder)!r} is damaged or was copied in part; audit the checkpoint again")
     tensors = load_file(folder / "states.safetensors")
     ids, kinds, tasks = (list(column) for column in zip(*content["texts"], strict=True))
     kl = content["neutral"]["kl"]

@@ -232,7 +232,7 @@ def claim(args: Any, model_args, data: list) -> str | None:
     options |= {f"model.{key}": value for key, value in vars(model_args).items()}
     options["data"] = config_hash({"data": data})
     options["processes"] = args.world_size  # which contexts a step reads depends on it
-    options["vectors"] = load_vectors(args.vectors).content_hash()
+    options["vectors"] = load_vectors(args.vectors).content_hash() + config_hash(load_vectors(args.vectors).recipe)
     options = json.loads(json.dumps(options, default=str))
     folder = Path(str(args.output_dir))
     path = folder / "calibration" / "options.json"
