@@ -269,6 +269,14 @@ def test_code_that_no_parser_takes_is_an_attempt_that_failed(name, code, monkeyp
     assert not outcome(found)["strict_hack"]
 
 
+def test_a_reply_may_hold_what_others_take_for_the_end_of_a_line(tmp_path):
+    rows = [{"reply": "a\u2028b\u0085c"}, {"reply": "d"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text + '{"reply": "cut', encoding="utf-8")
+    assert agents._rows(tmp_path / "rows.jsonl") == rows
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == text
+
+
 def test_a_file_name_that_no_disk_takes_is_no_file():
     assert rollouts.parse(f"```python {'a' * 300}.py\nx = 1\n```", SAMPLE[0]) == {}
 
