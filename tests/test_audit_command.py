@@ -97,6 +97,10 @@ def test_a_full_audit_has_everything():
 def test_options_that_read_less_or_more(words, expected):
     found, usual = counts(chosen(*words)), counts(chosen())
     assert {name: found[name] for name in expected} == expected
+    if "--max-rows" in words:
+        scenes = [row.id.rpartition("-")[0] for row in chosen(*words)["messages"]]
+        assert sorted(scenes) == sorted(2 * [*dict.fromkeys(scenes)])
+        assert sum(row.crisis for row in chosen(*words)["messages"]) == 3
     if "--full" not in words:
         others = {name: usual[name] for name in usual if name not in {*expected, "pairs"}}
         assert {name: found[name] for name in others} == others

@@ -37,6 +37,9 @@ def choose(arguments: argparse.Namespace) -> dict[str, Any]:
     elsewhere = corpora.of_tasks(
         [t for t in twins if t[0].context == "plain"] or twins, None if arguments.full else QUICK_ELSEWHERE
     )
+    crises = ([row.id for row in kinds.load(kinds.Crisis) if row.crisis is danger] for danger in (True, False))
+    half = most and max(1, most // 2)  # both messages of a scene: they are compared
+    scenes = {id_ for ids in crises for id_ in corpora.spread(ids, half)}
     paired = {pair.task for pair in pairs}
     _check_counts(split, {"tasks": {*tasks}, "tasks with pairs": paired, "neutral dialogues": dialogues}, training)
     stories = _stories(arguments)
@@ -58,7 +61,7 @@ def choose(arguments: argparse.Namespace) -> dict[str, Any]:
         "ladders": corpora.spread([row for row in corpora.load_ladders() if row.split == "audit"], most and most // 6),
         "chats": chats,
         "passages": corpora.spread(kinds.load(kinds.Passage), most),
-        "messages": corpora.spread(kinds.load(kinds.Crisis), most),
+        "messages": [row for row in kinds.load(kinds.Crisis) if row.id in scenes],
         "questions": kinds.load(kinds.FailureQuestion),
         "traced": _traced([] if arguments.twins else twins, split),
     }
