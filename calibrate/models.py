@@ -46,6 +46,10 @@ def load(
         ValueError: nothing is found under `name`, or the tokenizer has no chat template, or the model no such blocks.
     """
     source, adapter = _resolve(name)
+    if adapter and revision is None:
+        from peft import PeftConfig
+
+        revision = PeftConfig.from_pretrained(adapter).revision  # of the base that it was trained on
     model, tokenizer = _open(name, source, revision=revision, trust_remote_code=trust_remote_code)
     _set_template(tokenizer, name, chat_template)
     if source == str(default_folder()):

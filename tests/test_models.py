@@ -131,6 +131,16 @@ def test_an_adapter_of_virtual_tokens_is_refused(tiny, tmp_path):
         load(str(tmp_path / "prompt"))
 
 
+def test_an_adapter_is_read_on_the_revision_of_its_base_that_it_names(adapter, monkeypatch):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "v9"}))
+    asked, opened = [], models._open
+    monkeypatch.setattr(models, "_open", lambda *words, **options: asked.append(options) or opened(*words))
+    load(str(adapter))
+    load(str(adapter), revision="v8")
+    assert [options["revision"] for options in asked] == ["v9", "v8"]
+
+
 def test_an_adapter_that_is_cut_off_is_refused(adapter):
     (adapter / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="does not fit its base"):
