@@ -95,7 +95,6 @@ def test_one_form_alone_is_too_few(tmp_path):
         ({"felt": "cheerful"}, "1: felt and shown are the same"),
         ({"shown": "cheery"}, "1: concept 'cheery' is not in concepts.yaml"),
         ({"masking": "Bob"}, r"1: the span .* is not what 'Bob' says"),
-        ({"spans": [3, 4]}, r"1: spans are \[3, 4\]; give \[start, stop\] pairs of characters"),
     ],
 )
 def test_every_fault_of_a_deflection_dialogue_is_named(change, message, tmp_path):
@@ -133,15 +132,13 @@ def test_every_fault_of_a_neutral_dialogue_is_named(tmp_path):
     rows = [
         DIALOGUE, DIALOGUE | {"id": "b"}, DIALOGUE | {"id": "c", "messages": [answer, user]},
         DIALOGUE | {"id": "d", "messages": [user | {"content": "Where?"}, answer | {"content": "Glad to say: here."}]},
-        DIALOGUE | {"id": "e", "messages": ["hello"]},
         DIALOGUE | {"id": "f", "messages": [user | {"content": "Why?"}, answer | {"content": " "}]},
     ]  # fmt: skip
     assert found("neutral", rows, tmp_path) == [
         "2: opens like line 1",
         "3: the roles are ['assistant', 'user']; user and assistant take turns, the assistant ends",
         "4: 'Glad' is a pleasantry or a feeling",
-        "5: `messages` is not a list of objects with texts `role` and `content`",
-        "6: a message is empty",
+        "5: a message is empty",
     ]
 
 

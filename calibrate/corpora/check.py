@@ -136,10 +136,7 @@ def _neutral(rows: list[dict]) -> Iterable[Finding]:
     pleasantries = re.compile(r"\b(please|thank(s| you)|you're welcome|sorry|glad|happy|hope you)\b", re.IGNORECASE)
     first: dict[str, int] = {}
     for line, row in enumerate(rows, 1):
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in row["messages"]):
-            yield line, "`messages` is not a list of objects with texts `role` and `content`"
-            continue
-        roles = [message.get("role") for message in row["messages"]]
+        roles = [message["role"] for message in row["messages"]]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
             yield line, f"the roles are {roles}; user and assistant take turns, the assistant ends"
@@ -168,9 +165,6 @@ def _deflection(rows: list[dict]) -> Iterable[Finding]:
         if row["felt"] == row["shown"]:
             yield line, "felt and shown are the same"
         last = 0
-        if not all(isinstance(span, list) and [type(end) for end in span] == [int, int] for span in row["spans"]):
-            yield line, f"spans are {row['spans']}; give [start, stop] pairs of characters"
-            continue
         for start, stop in row["spans"]:
             if not last <= start < stop <= len(row["text"]):
                 yield line, f"the span {[start, stop]} is not in the text, or not after the one before it"
