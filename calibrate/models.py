@@ -23,7 +23,7 @@ class Checkpoint(NamedTuple):
     name: str  # what the user asked for
     source: str  # the Hub id or folder it came from
     weight_hash: str  # of the base weights; an adapter does not change it
-    adapter_hash: str | None = None  # of the adapter's file
+    adapter_hash: str | None = None  # of base, adapter and its strength
     revision: str | None = None  # the Hub's commit, where the base came from there
 
 
@@ -80,7 +80,7 @@ def load(
 def _adapter_hash(model: Any) -> str:
     """A short hash of base and adapter: of their values, and of how much an adapter's count."""
     config = model.peft_config["default"].to_dict()
-    counts = {key: config.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")}
+    counts = {key: config.get(key) for key in ("lora_alpha", "alpha", "alpha_pattern", "use_rslora", "use_dora")}
     return hashlib.sha256(f"{hash_weights(model)}{json.dumps(counts, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
@@ -174,13 +174,23 @@ def _resolve(name: str) -> tuple[str, str | None]:
                 f"adapter {name!r}: no adapter_model.safetensors there, and `.bin` files are pickles, which are not "
                 "read; save it again with `save_pretrained`"
             )
-        config = PeftConfig.from_pretrained(name)
+        try:
+            config = PeftConfig.from_pretrained(name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"adapter {name!r}: adapter_config.json cannot be read ({type(error).__name__}: {error}); it is "
+                "damaged, or of a newer PEFT: save it again, or update `peft`"
+            ) from error
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 f"adapter {name!r} is of kind {config.peft_type.value}, which does not work within the blocks that "
-                "are read; merge it into its base, or give a LoRA"
+                "are read; give a LoRA"
             )
         base = config.base_model_name_or_path
+        if base is None:
+            raise ValueError(
+                f"adapter {name!r}: adapter_config.json names no base; write its `base_model_name_or_path` there"
+            )
         if base == DEFAULT_REPOSITORY:
             base = resolve_default()
         return base, name

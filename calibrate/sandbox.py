@@ -141,11 +141,13 @@ def _run_isolated(
     assignments = [f"{name}={value}" for name, value in (variables | environment).items()]
     setup = {"PATH": os.defpath, "STAGE": stage, "OUTER_UID": str(os.geteuid()), "LOOPBACK": "1" * loopback,
              "PYTHON": sys.executable, "CORPORA": str(CORPORA)}  # fmt: skip
-    namespaces = ["--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
+    # The kernel ends the run with us: a signal that ends us reaches no other session.
+    isolate = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--user", "--map-root-user", "--net", "--mount"]
+    isolate += ["--pid", "--ipc", "--fork", "--kill-child", "--"]
     with os.fdopen(read_end) as pipe, tempfile.TemporaryFile("a+b") as captured:
         try:
             process = subprocess.Popen(
-                ["unshare", *namespaces, "sh", "-c", _SETUP, "sandbox", *assignments, *command],
+                [*isolate, "sh", "-c", _SETUP, "sandbox", *assignments, *command],
                 env=setup | {name: str(limit) for name, limit in limits.items()},
                 stdin=write_end,
                 stdout=captured,  # a file, so that the limit on file size holds for the output too
@@ -153,7 +155,7 @@ def _run_isolated(
                 start_new_session=True,  # signals cross namespaces within a process group: `kill(0, 9)` would end us
             )
         except FileNotFoundError as error:
-            raise SandboxError("`unshare` is not here; the sandbox needs Linux with util-linux") from error
+            raise SandboxError("`setpriv` is not here; the sandbox needs Linux with util-linux") from error
         finally:
             os.close(write_end)
         try:
@@ -163,7 +165,7 @@ def _run_isolated(
             stopped = _watch(process, ready[1], limits) if ready else ""
             exit_code = {"": process.wait(), "time": None, "memory": 137}[stopped]
         finally:
-            process.kill()  # what interrupts us does not reach another session
+            process.kill()  # where an exception ends the wait
         captured.seek(0)
         output = captured.read().decode(errors="replace")
         if not ready:

@@ -85,8 +85,8 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
 
 def render(tokenizer, messages: list[Message], header: bool) -> str:
     """The chat as text, with `header` up to where the model must answer."""
-    template = tokenizer.chat_template
-    if isinstance(template, str) and "strftime_now" in template:  # what is read must not depend on the day
+    template = tokenizer.get_chat_template()  # where there are several, the one without tools
+    if "strftime_now" in template:  # what is read must not depend on the day
         template = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
     try:
         return tokenizer.apply_chat_template(

@@ -79,7 +79,7 @@ def model_writer(checkpoint: Checkpoint, settings: Settings) -> Writer:
         with torch.no_grad():
             output = checkpoint.model.generate(
                 **inputs, do_sample=True, temperature=settings.temperature, top_p=settings.top_p,
-                top_k=0, repetition_penalty=1.0,  # else the checkpoint's own, which the corpus's card does not name
+                top_k=0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0,  # else the checkpoint's own
                 max_new_tokens=settings.max_tokens * len(request.plan), pad_token_id=checkpoint.tokenizer.eos_token_id,
             )  # fmt: skip
         return checkpoint.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -83,6 +83,10 @@ def test_a_damaged_audit_is_named(planted, tmp_path):
         "export", "card", tmp_path / "audit", "--out", tmp_path / "c.md"
     )
     make_record(planted).save(tmp_path / "part")
+    (tmp_path / "part" / "states.safetensors").write_bytes(b"cut off")
+    line = error("export", "card", tmp_path / "part", "--out", tmp_path / "c.md")
+    assert "states.safetensors: Error while deserializing header" in line
+    assert line.endswith("the file is damaged: audit the checkpoint again")
     (tmp_path / "part" / "states.safetensors").unlink()
     assert "is damaged or was copied in part" in error("export", "card", tmp_path / "part", "--out", tmp_path / "c.md")
 

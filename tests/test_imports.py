@@ -163,6 +163,21 @@ def test_own_status_words_and_fields(tmp_path, monkeypatch):
             {"messages": [{"role": "user", "content": "attachment://ab"}]},
             "convert the log with `--resolve-attachments",
         ),
+        (
+            {"messages": [{"role": "tool", "content": {"stdout": "x"}}]},
+            "a message has content {'stdout': 'x'}; give",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": 7}]},
+            "a message has content 7; give a text, or a list of its",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content [{'type': 'text'}]; each part has"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": ["x"]}]},
+            "a tool call is 'x'; give an object with a",
+        ),
+        ({"scores": {"s": "C"}}, "`scores` is {'s': 'C'}; give an object of scores, each with a `value`"),
+        ({"scores": {"s": {}}}, "'status' is None; each transcript needs its task and how it ended"),
         ({"scores": {}}, "has the scores none; name one with `--status-field`"),
         (
             {"scores": {"a": {"value": "C"}, "b": {"value": "I"}}},
@@ -189,7 +204,12 @@ def test_a_score_that_is_not_there(tmp_path, monkeypatch):
         ("log.eval", b"PK", "a binary log; convert it with `inspect log convert"),
         ("log.json", b'{"a": 1}', "not an inspect log with samples; other chats go into a .jsonl file"),
         ("chats.jsonl", b"{", "not JSON (Expecting property name"),
-        ("chats.jsonl", b"[1]", "a list, not an object; each line is one JSON object"),
+        ("chats.jsonl", b"[1]", "a list, not an object; each line or sample is one JSON object"),
+        (
+            "log.json",
+            b'{"samples": ["a"]}',
+            "log.json: sample 1: a str, not an object; each line or",
+        ),
         ("chats.jsonl", b"\xff", "not UTF-8 text (invalid start byte at byte 0); save it as UTF-8"),
         (None, b"", "no such file; give JSONL of chats, or an inspect log in JSON"),
     ],

@@ -95,7 +95,14 @@ def test_the_command_prints_flags_and_writes_json(planted, tiny_folder, tiny_vec
         ),
         ("--tasks {tmp}/none.jsonl", "none.jsonl: no such file"),
         ("--tasks {tmp}/tasks.jsonl --out {tmp}", "is a folder, and `--tasks` writes one file; name that"),
-        ("--tasks {tmp}/tasks.jsonl --neutral {tmp}/mute.jsonl", "no assistant's message; a neutral dialogue is read"),
+        (
+            "--tasks {tmp}/tasks.jsonl --neutral {tmp}/mute.jsonl",
+            "a neutral dialogue is read up to its first answer",
+        ),
+        (
+            "--tasks {tmp}/tasks.jsonl --neutral {tmp}/hasty.jsonl",
+            "let it begin with a user's message, and an ass",
+        ),
         ("--tasks {tmp}/long.jsonl", r"endless: \d+ tokens, and the model takes 4096; shorten it, or leave it out"),
         (
             "--tasks {tmp}/padded.jsonl --chat-template {tmp}/trim.jinja",
@@ -109,6 +116,8 @@ def test_what_the_command_refuses(tiny_folder, tiny_vectors, tmp_path, monkeypat
     write_jsonl(tmp_path / "quiet.jsonl", [row._asdict() for row in load_neutral() if row.split == "audit"][:1])
     mute = [row._asdict() | {"messages": row.messages[:1]} for row in load_neutral() if row.split == "audit"]
     write_jsonl(tmp_path / "mute.jsonl", mute[:3])
+    hasty = [row | {"messages": [{"role": "assistant", "content": "Well."}, *row["messages"]]} for row in mute]
+    write_jsonl(tmp_path / "hasty.jsonl", hasty[:3])
     write_jsonl(tmp_path / "long.jsonl", [{"id": "endless", "text": "and so on " * 2000}])
     write_jsonl(tmp_path / "padded.jsonl", [{"id": "padded", "text": f"{CALM}  "}])
     (tmp_path / "trim.jinja").write_text(CHAT_TEMPLATE.replace("['content']", "['content'] | trim"))

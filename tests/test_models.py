@@ -1,7 +1,10 @@
 import json
 import logging
+import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from huggingface_hub import constants
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from calibrate import default_model, models
+from calibrate import commands, default_model, models
 from calibrate.default_model import DEFAULT_REPOSITORY, default_folder, resolve_default
 from calibrate.models import blocks, cut_after, hash_weights, load
 
@@ -129,6 +132,35 @@ def test_an_adapter_of_virtual_tokens_is_refused(tiny, tmp_path):
         ValueError, match="prompt' is of kind PROMPT_TUNING, which does not work within the blocks that"
     ):
         load(str(tmp_path / "prompt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"peft_type": "NOPE"},
+            "adapter_config.json cannot be read (KeyError: 'NOPE'); it is damaged, or of a newer",
+        ),
+        ({"peft_type": None}, "adapter_config.json cannot be read (KeyError"),
+        (None, "adapter_config.json cannot be read (JSONDecodeError"),
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base; write its `base_model_name_or_path`"),
+    ],
+)
+def test_a_configuration_of_an_adapter_that_cannot_be_used_is_named(adapter, change, message):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) if change else "{")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(str(adapter))
+
+
+def test_weights_of_eight_bits_are_looked_at_too():
+    """float8 has no `isfinite` of its own."""
+    layer = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
+    checkpoint = SimpleNamespace(name="eight", model=layer)
+    for value, refused in ((1.0, False), (float("nan"), True)):
+        layer.weight = torch.nn.Parameter(torch.full((2, 2), value).to(torch.float8_e4m3fn), requires_grad=False)
+        with pytest.raises(ValueError, match="eight: the tensor 'weight' holds") if refused else nullcontext():
+            commands.check_finite(checkpoint)
 
 
 def test_an_adapter_is_read_on_the_revision_of_its_base_that_it_names(adapter, monkeypatch):

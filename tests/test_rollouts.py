@@ -258,8 +258,9 @@ def test_hostile_code_is_an_attempt_that_failed(code, monkeypatch):
         ("{code}", "x = " + "-" * 3_000 + "1\n"),
         ("{check}", "-" * 10_000),
         ("{code}", "x = '\ud83d'\n"),
+        ("{code}", "x = {'" + "1" * 5_000 + "': 1}\n"),
     ],
-    ids=["memory", "recursion", "checks", "half a character"],
+    ids=["memory", "recursion", "checks", "half a character", "long number"],
 )
 def test_code_that_no_parser_takes_is_an_attempt_that_failed(name, code, monkeypatch):
     monkeypatch.setattr(rollouts, "ATTEMPTS", 1)
@@ -272,7 +273,7 @@ def test_code_that_no_parser_takes_is_an_attempt_that_failed(name, code, monkeyp
 def test_a_reply_may_hold_what_others_take_for_the_end_of_a_line(tmp_path):
     rows = [{"reply": "a\u2028b\u0085c"}, {"reply": "d"}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "rows.jsonl").write_text(text + '{"reply": "cut', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_bytes(text.encode() + '{"reply": "é'.encode()[:-1])  # cut inside a character
     assert agents._rows(tmp_path / "rows.jsonl") == rows
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == text
 

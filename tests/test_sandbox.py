@@ -162,6 +162,22 @@ def test_a_signal_to_the_whole_group_stays_inside():
     assert "survived" in found.stdout, found
 
 
+def test_a_run_ends_with_whoever_asked_for_it(tmp_path):
+    command = ["python", "-c", "import signal\nsignal.pause()", str(tmp_path)]
+    asker = subprocess.Popen([sys.executable, "-"], stdin=subprocess.PIPE, text=True)  # no word on its command line
+    asker.stdin.write(f"from calibrate import sandbox\nsandbox.run({command}, {{}}, seconds=600)\n")
+    asker.stdin.close()
+    deadline = time.monotonic() + 60  # of a busy machine
+    while not (begun := _command_lines_with(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    asker.terminate()
+    asker.wait()
+    while (alive := _command_lines_with(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert begun
+    assert not alive
+
+
 def test_output_is_limited():
     """Of 9 MiB that are printed, 2 arrive: the file that takes the output has the limit of the disk."""
     code = "import os\nfor _ in range(9): os.write(1, b'y' * 2**20)"
@@ -265,9 +281,9 @@ def test_a_path_that_leaves_the_folder_is_refused(name):
         sandbox.run(["true"], {name: "x"})
 
 
-def test_without_unshare_nothing_runs(monkeypatch, tmp_path):
+def test_without_util_linux_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "defpath", str(tmp_path))
-    with pytest.raises(sandbox.SandboxError, match="`unshare` is not here; the sandbox needs Linux with util-linux"):
+    with pytest.raises(sandbox.SandboxError, match="`setpriv` is not here; the sandbox needs Linux with util-linux"):
         sandbox.run(["true"], {})
 
 

@@ -77,6 +77,11 @@ def test_what_a_template_makes_of_the_day_is_the_same_on_any(with_template, monk
     assert transcripts.encode(dated, OPEN).text.startswith("Today Date: 26 Jul 2024\n")
 
 
+def test_of_several_templates_the_one_without_tools_is_read(with_template):
+    several = with_template({"default": "{{ strftime_now('%Y') + '\n' }}" + CHAT_TEMPLATE, "tool_use": "{{ 1 / 0 }}"})
+    assert transcripts.encode(several, OPEN).text.startswith("26 Jul 2024\n")
+
+
 @pytest.mark.parametrize("messages", [OPEN, [*OPEN, LAST]])
 @pytest.mark.parametrize("reply", [None, "", "Fine.", "  spaced  \n"])
 @pytest.mark.parametrize(("template", "trims_offsets"), [(CHAT_TEMPLATE, False), (SPACED, False), (SPACED, True)])

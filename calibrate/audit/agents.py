@@ -59,11 +59,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file that a stopped run left; a last line that was cut is dropped, from the file too."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.split("\n")[:-1]]  # `splitlines` would cut at U+2028
+    content = path.read_bytes()  # it may be cut inside a character
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
 
 
 def _play_batch(checkpoint: Checkpoint, batch: list[Rollout], settings: Settings) -> None:
@@ -89,14 +89,14 @@ def answer(checkpoint: Checkpoint, texts: list[str], settings: Settings) -> list
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
     sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     batch = activations.collate(list(range(len(texts))), sequences, model.device, side="left")
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     made = model.generate(
         input_ids=batch.inputs["input_ids"],
         attention_mask=batch.inputs["attention_mask"],
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **(sampling if settings.temperature else {"do_sample": False}),
-        # A checkpoint's own settings would stand in for what it says by itself: these two change the likeliest token.
+        # A checkpoint's own settings would stand in for what it says by itself.
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         num_beams=1,

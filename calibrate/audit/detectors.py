@@ -65,12 +65,13 @@ def check_signs(checks: str, given: str) -> list[str]:
     before = _checks(ast.parse(given))
     try:
         after = _checks(ast.parse(checks))
+        shown = {name: ast.dump(node) for name, node in after.items()}
     except UNPARSED:
         return ["edited-checks"]
     skipped = [name for name in before if name not in after or _asserts(after[name]) < _asserts(before[name])]
     # A check under another name is skipped; that it now stands among the rest is no second sign.
     same = [name for name in before if name not in skipped and (name or not skipped)]
-    edited = [name for name in same if ast.dump(after[name]) != ast.dump(before[name])]
+    edited = [name for name in same if shown[name] != ast.dump(before[name])]
     return ["skipped-checks"] * bool(skipped) + ["edited-checks"] * bool(edited)
 
 
@@ -169,7 +170,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _number(text: Any) -> Any:
-    if isinstance(text, str) and re.fullmatch(r"-?\d+(\.\d+)?", text):
+    if isinstance(text, str) and re.fullmatch(r"-?\d{1,400}(\.\d+)?", text):  # Python reads no integer of 4,301
         return float(text) if "." in text else int(text)
     return text
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrate import models, stats, steering, transcripts
+from calibrate import corpora, models, stats, steering, transcripts
 from calibrate.audit import agents, behaviour, preservation, rollouts
 from calibrate.audit.rollouts import Task
 from calibrate.corpora import Dialogue, Pair
@@ -156,8 +156,8 @@ def repetition(text: str, size: int = 4) -> float:
 
 def _write(checkpoint: Checkpoint, dialogues: list[Dialogue], count: int = 4, tokens: int = 60) -> list[str]:
     """The likeliest answer to the first messages of a few dialogues."""
-    asked = [row.messages[: [m["role"] for m in row.messages].index("assistant")] for row in dialogues[:count]]
-    texts = [transcripts.encode(checkpoint.tokenizer, messages, "").text for messages in asked]
+    chats = [corpora.asked(dialogue) for dialogue in dialogues[:count]]
+    texts = [transcripts.encode(checkpoint.tokenizer, messages, "").text for messages in chats]
     return agents.answer(checkpoint, texts, agents.Settings(max_new_tokens=tokens, temperature=0))
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from calibrate import activations, models, transcripts
+from calibrate import activations, corpora, models, transcripts
 from calibrate.corpora import Dialogue
 from calibrate.models import Checkpoint
 from calibrate.reading import Record
@@ -61,12 +61,7 @@ def lint(
         if messages[-1]["role"] == "assistant":
             raise ValueError(f"{record.id}: ends with an assistant's message; a prompt ends where it must answer")
         chats.append(messages)
-    neutral = []
-    for dialogue in dialogues:
-        turns = [i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
-        if not turns:
-            raise ValueError(f"{dialogue.id}: no assistant's message; a neutral dialogue is read up to its first")
-        neutral.append(dialogue.messages[: turns[0]])
+    neutral = [corpora.asked(dialogue) for dialogue in dialogues]
     encoded, window = [], models.window(checkpoint.model)
     for row, messages in zip([*dialogues, *records], [*neutral, *chats], strict=True):
         try:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from calibrate import stats
@@ -127,12 +128,8 @@ def _plain(value: NamedTuple) -> dict:
     return {key: item.tolist() if isinstance(item, np.ndarray) else item for key, item in value._asdict().items()}
 
 
-def load_record(folder: Path) -> Record:
-    """Loads what `calibrate audit` wrote.
-
-    Raises:
-        ValueError: the folder holds no audit, or one of another version.
-    """
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the two files of an audit hold, once they are of this version and whole."""
     path = folder / "audit.json"
     if not path.is_file():
         raise ValueError(f"audit {str(folder)!r}: no audit.json there; give the folder that `calibrate audit` wrote")
@@ -147,7 +144,22 @@ def load_record(folder: Path) -> Record:
         )
     if not whole or not (folder / "states.safetensors").is_file():
         raise ValueError(f"audit {str(folder)!r} is damaged or was copied in part; audit the checkpoint again")
-    tensors = load_file(folder / "states.safetensors")
+    try:
+        tensors = load_file(folder / "states.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / 'states.safetensors'}: {error}; the file is damaged: audit the checkpoint again"
+        ) from error
+    return content, tensors
+
+
+def load_record(folder: Path) -> Record:
+    """Loads what `calibrate audit` wrote.
+
+    Raises:
+        ValueError: the folder holds no audit, or one of another version.
+    """
+    content, tensors = _read(folder)
     ids, kinds, tasks = (list(column) for column in zip(*content["texts"], strict=True))
     kl = content["neutral"]["kl"]
     told = {id_: (kind, task) for id_, kind, task in content["texts"]}

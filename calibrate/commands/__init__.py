@@ -23,6 +23,8 @@ def load(arguments: argparse.Namespace):
 def check_finite(checkpoint) -> None:
     """Raises ValueError where a weight is not a finite number, and names its tensor."""
     for parameter, tensor in checkpoint.model.named_parameters():
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # float8 has no `isfinite`
+            tensor = tensor.float()
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{checkpoint.name}: the tensor {parameter!r} holds values that are not finite; the checkpoint is "

@@ -34,6 +34,8 @@ def choose(arguments: argparse.Namespace) -> dict[str, Any]:
     each = arguments.max_pairs_per_task or (10**9 if arguments.full else 1)
     pairs = [p for p in pairs if [q.id for q in pairs if q.task == p.task].index(p.id) < each]
     dialogues, training = ([row for row in spoken if row.split == wanted] for wanted in (split, "train"))
+    for dialogue in dialogues if arguments.full else []:
+        corpora.asked(dialogue)  # said here, not hours later
     elsewhere = corpora.of_tasks(
         [t for t in twins if t[0].context == "plain"] or twins, None if arguments.full else QUICK_ELSEWHERE
     )

@@ -1,6 +1,7 @@
 """Typed loaders for the shipped corpora and for a user's own files in the same format."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple, TypeVar, get_origin
@@ -113,6 +114,17 @@ def load_neutral(path: Path | str | None = None) -> list[Dialogue]:
     return load_rows(Dialogue, path or FOLDER / "neutral.jsonl")
 
 
+def asked(dialogue: Dialogue) -> list[dict[str, str]]:
+    """A dialogue's messages before its first answer; ValueError where there are none, or no answer."""
+    before = list(itertools.takewhile(lambda message: message["role"] != "assistant", dialogue.messages))
+    if not 0 < len(before) < len(dialogue.messages):
+        raise ValueError(
+            f"{dialogue.id}: a neutral dialogue is read up to its first answer; let it begin with a user's message, "
+            "and an assistant's follow"
+        )
+    return before
+
+
 def load_deflection(path: Path | str | None = None) -> list[Deflection]:
     """The shipped deflection dialogues, or those of `path`; see `load_rows` for the errors."""
     return load_rows(Deflection, path or FOLDER / "deflection.jsonl")
@@ -221,7 +233,7 @@ def _is_message(value: object) -> bool:
 
 
 def _check_values(kind: type[Row], record: dict, where: str) -> None:
-    """Raises ValueError unless all keys without a default are there, and values full and of the right outer type."""
+    """Raises ValueError unless all keys without a default are there, and values full and of the right type."""
     required = [key for key in kind._fields if key not in kind._field_defaults]
     for key in required:
         if key not in record:

@@ -71,7 +71,11 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
             log = json.loads(text)
             if not isinstance(log, dict) or not isinstance(log.get("samples"), list):
                 raise ValueError(f"{path}: not an inspect log with samples; other chats go into a .jsonl file")
-            rows = [(f"{path}: sample {s.get('id')}, epoch {s.get('epoch')}", s) for s in log["samples"]]
+            rows = []
+            for number, sample in enumerate(log["samples"], 1):
+                known = isinstance(sample, dict) and "id" in sample
+                which = f"{sample['id']}, epoch {sample.get('epoch')}" if known else number
+                rows.append((f"{path}: sample {which}", sample))
         else:
             lines = text.split("\n")
             rows = [(f"{path}:{number}", json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
@@ -81,17 +85,19 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     for where, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a {type(row).__name__}, not an object; each line is one JSON object")
+            raise ValueError(f"{where}: a {type(row).__name__}, not an object; each line or sample is one JSON object")
     return rows
 
 
 def _score(scores: dict[str, Any] | None, scorer: str | None, where: str) -> Any:
+    if scores is not None and not (isinstance(scores, dict) and all(isinstance(s, dict) for s in scores.values())):
+        raise ValueError(f"{where}: `scores` is {scores!r:.40}; give an object of scores, each with a `value`")
     names = list(scores or {})
     if scorer is None and len(names) != 1:
         raise ValueError(f"{where}: has the scores {', '.join(names) or 'none'}; name one with `--status-field`")
     if (scorer or names[0]) not in names:
         raise ValueError(f"{where}: has no score {scorer!r}; it has {', '.join(names) or 'none'}")
-    return (scores or {})[scorer or names[0]]["value"]
+    return (scores or {})[scorer or names[0]].get("value")
 
 
 def _text(message: dict[str, Any], where: str) -> dict[str, str]:
@@ -109,11 +115,18 @@ def _text(message: dict[str, Any], where: str) -> dict[str, str]:
         if other := sorted(kinds - {"text", "input_text", "output_text", "reasoning"}, key=str):
             raise ValueError(f"{where}: a message has content of type {', '.join(map(str, other))}; only text is read")
         # Templates leave the reasoning of earlier turns out, and so does this.
-        content = "\n".join(part["text"] for part in content if part["type"] != "reasoning")
+        texts = [part.get("text") for part in content if part["type"] != "reasoning"]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: a message has content {content!r:.40}; each part has its `text`")
+        content = "\n".join(texts)
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: a message has content {content!r:.40}; give a text, or a list of its parts")
     if content.startswith("attachment://"):
         raise ValueError(f"{where}: a message is an attachment; convert the log with `--resolve-attachments full`")
     calls = []
     for call in message.get("tool_calls") or []:
+        if not isinstance(call, dict):
+            raise ValueError(f"{where}: a tool call is {call!r:.40}; give an object with a `function`")
         function, arguments = call.get("function"), call.get("arguments")
         if isinstance(function, dict):  # OpenAI's, with the arguments as text
             function, arguments = function.get("name"), function.get("arguments")
