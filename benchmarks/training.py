@@ -81,7 +81,7 @@ def measure(trainer, batch: dict, first: int) -> float:
     start = clock()
     for step in range(MICRO_STEPS):
         trainer.state.global_step = first + step
-        with trainer.compute_loss_context_manager():  # autocast, on a GPU
+        with trainer.accelerator.autocast():  # autocast, on a GPU
             loss = trainer.compute_loss(trainer.model, dict(batch))
         loss.backward()
         trainer.model.zero_grad()
@@ -113,7 +113,7 @@ def bare(trainer, first: int) -> tuple[float, float]:
         sequences, text = texts_of(trainer, step)
         start = clock()
         batch = activations.collate(list(range(len(sequences))), sequences, device)
-        with models.cut_after(model, max(trainer._calibration.layers)), trainer.compute_loss_context_manager():
+        with models.cut_after(model, max(trainer._calibration.layers)), trainer.accelerator.autocast():
             loss = model(**batch.inputs, use_cache=False, logits_to_keep=1).logits.mean()
         loss.backward()
         contexts += clock() - start
@@ -121,7 +121,7 @@ def bare(trainer, first: int) -> tuple[float, float]:
             start = clock()
             batch = activations.collate([0], [text.ids], device)
             at = torch.tensor(text.positions, device=device)
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():
                 loss = model(**batch.inputs, use_cache=False, logits_to_keep=at).logits.mean()
             loss.backward()
             texts += clock() - start
@@ -134,7 +134,7 @@ def terms(trainer, first: int) -> float:
     objective, model, start = trainer._calibration, trainer.model, clock()
     for step in range(MICRO_STEPS):
         trainer.state.global_step = first + step
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             loss = objective(trainer.accelerator.unwrap_model(model), torch.zeros(()))
         loss.backward()
         model.zero_grad()
@@ -145,7 +145,7 @@ def refit(trainer) -> float:
     """Seconds of one refit, which comes every `refit_every` steps."""
     objective, start = trainer._calibration, clock()
     trainer.model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), trainer.accelerator.autocast():
         objective.pressure.refit.measure(lambda texts: objective._mean_states(trainer.model, texts))
     trainer.model.train()
     return clock() - start
@@ -220,7 +220,7 @@ def monitor() -> None:
         for batch in batches:
             steps.append(measure(trainer, trainer._prepare_inputs(batch), 0) / MICRO_STEPS)
             start = clock()
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():
                 watch._read()
             reads.append(clock() - start)
     print(f"step: median {statistics.median(steps):.2f} s; reading: median {statistics.median(reads):.2f} s")

@@ -160,6 +160,8 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
     if args.selection not in SELECTIONS:
         raise ValueError(f"`selection` is {args.selection!r}; allowed: {', '.join(SELECTIONS)}")
     length = training_args.max_length
+    if not length:
+        raise ValueError(f"`max_length` is {length}; give the tokens of a block, 1 or more")
     if args.tokens < length:
         raise ValueError(f"`tokens` is {args.tokens}, less than one block of `max_length` {length}; raise it")
     out = Path(training_args.output_dir)
@@ -167,9 +169,16 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
     if (out / "finished").is_file():
         return print(f"{out} already holds this run, finished; nothing to do")
     texts = choose(args.selection, *load(args), training_args.seed)
-    checkpoint = models.load(model_args.model_name_or_path, revision=model_args.model_revision)
+    checkpoint = models.load(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
     if not model_args.use_peft:
         checkpoint.model.float()  # steps of an optimiser vanish in pure bf16
+    peft_config = get_peft_config(model_args)
+    if peft_config:
+        peft_config.revision = model_args.model_revision  # of the base, which PEFT does not look up
     rows = blocks(checkpoint.tokenizer, texts, length, args.tokens // length)
     print(f"{args.selection}: {len(rows)} blocks of {length} tokens, of {len(texts):,} passages")
     trainer = SFTTrainer(
@@ -177,7 +186,7 @@ def main(args: SelectionConfig, training_args, model_args) -> None:
         args=training_args,
         processing_class=checkpoint.tokenizer,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=runs.last_complete_checkpoint(out))
     trainer.save_model(str(out))

@@ -43,6 +43,7 @@ def test_values_of_the_right_type_arrive(tmp_path):
         ({"hinge_wieght": 0.3}, "Unknown arguments.*--hinge_wieght"),
         ({"layers": 3}, r"`layers` is 3 \(int\); allowed: list\[int\] or nothing"),
         ({"layers": ["2"]}, r"`layers` is \['2'\] \(list\); allowed: list\[int\] or nothing"),
+        ({"layers": [-1, 2]}, r"`layers` is \[-1, 2\]; allowed: 0 or more, the blocks after which is read"),
         ({"layers": []}, r"`layers` is \[\]; allowed: at least one, each once"),
         ({"layers": [2, 2]}, r"`layers` is \[2, 2\]; allowed: at least one, each once"),
         ({"concepts": "calm"}, r"`concepts` is 'calm' \(str\); allowed: list\[str\]"),

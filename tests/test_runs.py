@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import ModelConfig
 
 from calibrate import corpora, models
@@ -98,6 +99,8 @@ def test_a_model_must_be_named_and_what_reports_installed(tmp_path, monkeypatch)
         monkeypatch.setattr(runs, "get_available_reporting_integrations", lambda found=installed: found)
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             runs.refuse_unused(args, ModelConfig("tiny"))
+    for known in (None, "flyte"):  # never listed: transformers says what is wrong with them
+        runs.refuse_unused(CalibratedDPOConfig(**options, report_to=known), ModelConfig("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,18 @@ def test_a_module_that_peft_would_leave_out_is_refused(tiny, name, blocks, refus
         adapters.refuse_unmatched(lora, tiny.model)
 
 
+def test_experts_that_peft_adapts_as_parameters_are_no_missing_modules():
+    shape = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    model = MixtralForCausalLM(MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
+    lora = LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"], layers_to_transform=[0, 1])
+    adapters.refuse_unmatched(lora, model)
+    assert lora.target_modules == {"q_proj", "w1", "w2", "w3"}  # PEFT changes it itself
+    with pytest.raises(
+        ValueError, match=r"but adapts '.*experts.*'; name modules by their last part alone and no exp"
+    ):
+        adapters.refuse_outside(get_peft_model(model, lora), anywhere=False)
+
+
 def test_an_adapter_that_leaves_its_blocks_is_refused(tiny_folder):
     """A module that is named in full is adapted in whatever block it is."""
     for name, blocks, refused in (
@@ -183,7 +198,7 @@ def test_an_adapter_that_leaves_its_blocks_is_refused(tiny_folder):
     ):
         lora = LoraConfig(target_modules=["q_proj", name], layers_to_transform=blocks)
         found = get_peft_model(models.load(str(tiny_folder)).model, lora)
-        message = r"the adapter is to stay in blocks \d to 2, but adapts '.*layers.4.self_attn.k_proj'; name modules"
+        message = r"the adapter is to stay in blocks \d to 2, but adapts '.*layers.4.self_attn.k_proj'; .* remove `lay"
         with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
             adapters.refuse_outside(found, anywhere=True)
 
@@ -219,6 +234,7 @@ def test_the_chosen_reply_is_read_by_a_run(tiny_folder, tiny_vectors, tmp_path):
     options = {"vectors": str(tiny_vectors), "use_cpu": True, "bf16": False, "max_tasks": 1, "hinge_reply": "chosen"}
     args = CalibratedDPOConfig(output_dir=str(tmp_path / "run"), **options)
     run = runs.prepare(args, ModelConfig(model_name_or_path=str(tiny_folder), use_peft=True))
+    assert run.peft_config.revision == "main"  # of the base: the audit reads the adapter on it
     assert {failing.reply for failing, _ in run.data.twins} <= {pair.chosen[0]["content"] for pair in run.pairs}
 
 

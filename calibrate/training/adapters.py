@@ -1,6 +1,9 @@
 """Which blocks a LoRA adapts: those up to the band, unless the user chose others."""
 
+import copy
 import re
+
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from calibrate.training.configs import CalibrationConfig
 from calibrate.vectors import load_vectors
@@ -35,8 +38,11 @@ def keep_below_band(peft_config, args: CalibrationConfig) -> None:
 
 def refuse_unmatched(peft_config, model) -> None:
     """Raises ValueError where PEFT would leave out a named module without a word: no adapted block has one."""
-    targets, blocks = getattr(peft_config, "target_modules", None), getattr(peft_config, "layers_to_transform", None)
-    for target in targets if isinstance(targets, list | set) else ():
+    if peft_config is None or isinstance(peft_config.target_modules, str):
+        return
+    asked, blocks = copy.deepcopy(peft_config), peft_config.layers_to_transform
+    convert_peft_config_for_transformers(asked, model, None)  # an MoE's experts are parameters now, and no modules
+    for target in asked.target_modules or ():
         found = {block_of(name) for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")}
         if not found & set(found if blocks is None else blocks):
             raise ValueError(
@@ -60,10 +66,11 @@ def refuse_outside(model, anywhere: bool) -> None:
         blocks = [blocks] if isinstance(blocks, int) else blocks
         adapted = [name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name]
         outside = [name for name in adapted if block_of(name) not in blocks]
-        if outside:  # PEFT adapts a module that is named in full wherever it is
+        if outside:  # PEFT adapts a module that is named in full, and an MoE's experts, wherever they are
             raise ValueError(
                 f"the adapter is to stay in blocks {min(blocks)} to {max(blocks)}, but adapts {outside[0]!r}; name "
-                "modules by their last part alone, or set `adapt_above_band: true`"
+                "modules by their last part alone and no experts, or "
+                + ("remove `layers_to_transform`" if anywhere else "set `adapt_above_band: true`")
             )
 
 

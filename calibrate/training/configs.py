@@ -96,6 +96,8 @@ class CalibrationConfig:
             value = getattr(self, name)
             if value is not None and ((not value and name != "raise_concepts") or len(set(value)) < len(value)):
                 raise ValueError(f"`{name}` is {value}; allowed: at least one, each once")
+        if self.layers and min(self.layers) < 0:
+            raise ValueError(f"`layers` is {self.layers}; allowed: 0 or more, the blocks after which is read")
         if both := sorted(set(self.concepts) & set(self.raise_concepts)):
             raise ValueError(f"`concepts` and `raise_concepts` both hold {', '.join(both)}; allowed: one of them")
         targets = [*self.concepts, *self.raise_concepts]

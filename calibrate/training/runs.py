@@ -27,8 +27,8 @@ from calibrate.vectors import load_vectors
 
 logger = logging.getLogger(__name__)
 FINISHED = "finished"
-# What users' mistakes raise, in TRL and transformers too: a package that is not installed, two options that do not go.
-USER_ERRORS = (ValueError, FileNotFoundError, YAMLError, ImportError, NotImplementedError)
+# What users' mistakes raise, in TRL and transformers too: a folder for a file, a package that is not there.
+USER_ERRORS = (ValueError, OSError, YAMLError, ImportError, NotImplementedError)
 # Options that change where and how a run reports, not what it computes.
 _NO_MATTER = {
     "output_dir",
@@ -45,7 +45,7 @@ _NO_MATTER |= {"dry_run"}
 
 @dataclass
 class ModelOptions(ModelConfig):
-    """TRL's options of the model; `refuse_unused` says which of them recipes use."""
+    """TRL's options of the model; `refuse_model_options` says which of them recipes use."""
 
     # TRL's default is a value that a user may mean: given, it could not be told from not given.
     dtype: str | None = option(None, "Not used: a model has its checkpoint's dtype, float32 on most CPUs and in full.")
@@ -92,6 +92,8 @@ def prepare(args: Any, model_args: Any) -> Run:
     from trl import get_peft_config
 
     peft_config = get_peft_config(model_args)
+    if peft_config:
+        peft_config.revision = model_args.model_revision  # of the base, which PEFT does not look up
     adapters.keep_below_band(peft_config, args)
     adapters.refuse_unmatched(peft_config, checkpoint.model)
     data = Data(twins, dialogues, stories, prepared=True)
@@ -190,7 +192,8 @@ def refuse_training_options(args: Any) -> None:
             "`save_only_model` is True, but this recipe resumes by itself, from checkpoints that hold the optimiser "
             "too; remove it"
         )
-    if missing := sorted({*args.report_to} - {*get_available_reporting_integrations()}):
+    available = {*get_available_reporting_integrations(), "flyte", "azure_ml", None}  # it never lists these
+    if missing := sorted({*args.report_to} - available):
         raise ValueError(f"`report_to` names {', '.join(missing)}, which is not installed; install it, or remove it")
     for name in ("resume_from_checkpoint", "model_init_kwargs"):
         if value := getattr(args, name):

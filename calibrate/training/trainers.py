@@ -168,7 +168,7 @@ class CalibrationMixin(_Trainer):
                 "`use_cpu: false`, or take another launcher"
             )
         if fsdp and fsdp.fsdp_version == 1:
-            raise ValueError("`fsdp_version: 1` is not supported with calibration terms; set it to 2")
+            raise ValueError("`fsdp_version: 1` is not supported; set it to 2")
         if fsdp and fsdp.cpu_ram_efficient_loading:
             raise ValueError(
                 "`fsdp_cpu_ram_efficient_loading: true` leaves all processes but the first without the weights of "
@@ -180,15 +180,15 @@ class CalibrationMixin(_Trainer):
                 "and `gradient_checkpointing: true`"
             )
         if fsdp and isinstance(fsdp.cpu_offload, CPUOffloadPolicy):
-            raise ValueError("`fsdp_offload_params: true` is not tested with calibration terms; set it to false")
+            raise ValueError("`fsdp_offload_params: true` is not tested; set it to false")
         if parallel and parallel.non_data_parallel_size > 1:
             raise ValueError(
-                "`parallelism_config` with context, sequence or tensor parallelism is not supported with calibration "
-                "terms; leave `cp_size`, `sp_size` and `tp_size` at 1"
+                "`parallelism_config` with context, sequence or tensor parallelism is not supported; leave "
+                "`cp_size`, `sp_size` and `tp_size` at 1"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would share each batch (DataParallel), but not the contexts; "
+                f"{self.args.n_gpu} GPUs in one process would share each batch (DataParallel); "
                 "start one process for each with `accelerate launch`, or show one GPU with `CUDA_VISIBLE_DEVICES`"
             )
 
@@ -233,6 +233,8 @@ class _StopWhenMet(TrainerCallback):
         if self.objective.met:
             control.should_training_stop = True
             control.should_save = False  # a run that goes on from here would make a step before it can stop
+
+    on_epoch_end = on_step_end
 
 
 class CalibratedDPOTrainer(CalibrationMixin, DPOTrainer):
