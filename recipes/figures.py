@@ -1,7 +1,9 @@
 """Tables and figures of a sweep: text and pictures that are whole or not there."""
 
+import json
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,18 @@ def put(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     aside.write_text(text + "\n", encoding="utf-8")
     os.replace(aside, path)
+
+
+def check_same(results: Path, found: dict[str, Any]) -> None:
+    """Ends the sweep where the folder has rows of other texts, vectors or data: their figures are not comparable."""
+    for path in sorted(results.glob("*/row.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        for what in found.keys() & {"texts", "vectors", "data"}:
+            if row.get(what, found[what] if what != "texts" else "") != found[what]:  # older rows lack the others
+                sys.exit(
+                    f"error: {found['run']} has other {what} than {row['run']} in {results} (by another version, or "
+                    "they were changed); give another `--results`, what is in `--out` serves it too"
+                )
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str], cell: Callable[[str, Any], str]) -> str:

@@ -25,10 +25,10 @@ def refuse(parser: argparse.ArgumentParser, words: list[str], own: set[str]) -> 
 
 
 def recipe(parser: argparse.ArgumentParser, path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """A recipe's YAML; ends the program where it cannot be read or lacks one of the `wanted`."""
+    """A recipe's or a launcher's YAML; ends the program where it cannot be read or lacks one of the `wanted`."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (FileNotFoundError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError) as error:
         parser.error(" ".join(str(error).split()))
     for name in wanted:
         if name not in found:

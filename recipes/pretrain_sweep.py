@@ -21,13 +21,15 @@ import figures
 import numpy as np
 import parsing
 from pretrain import SELECTIONS, claim  # the scripts beside this one
-from sweep import calibrate, call, check_texts
+from sweep import calibrate, call
 
 from calibrate import stats
 from calibrate.audit import readers
 from calibrate.audit.record import Record, load_record
 
+FROM_YAML = ("model_name_or_path", "model_revision", "trust_remote_code")  # the audit reads them there
 HERE = Path(__file__).parent
+READ = {"texts": "corpora", "vectors": "vectors"}  # in a row; in an audit's options
 CONCEPTS = ("desperate", "calm", "afraid", "angry")
 COLUMNS = {
     **{f"{name}_neutral": f"{name} on neutral text, change, sigma" for name in CONCEPTS},
@@ -53,7 +55,7 @@ def row_of(name: str, selection: str, before: Record, after: Record) -> dict[str
     change = readers.compare(before, after).figures
     loss = change["loss_change"]
     found["perplexity"] = [100 * float(np.expm1(value)) for value in loss] if loss else None
-    found |= {"run": name, "selection": selection, "texts": before.options["corpora"]}
+    found |= {"run": name, "selection": selection} | {what: before.options[key] for what, key in READ.items()}
     return found | {key: change[key] for key in ("margin", "emotion_change")}
 
 
@@ -112,18 +114,22 @@ def main(words: list[str]) -> None:
     arguments = parser.parse_args(own)
     results = arguments.results or arguments.out
     recipe = parsing.recipe(parser, arguments.config, ("model_name_or_path",))
-    parsing.refuse(parser, rest, {"selection", "seed", "output_dir", "config", "model_name_or_path"})
+    parsing.refuse(parser, rest, {"selection", "seed", "output_dir", "config", *FROM_YAML})
     settings = {name: getattr(arguments, name) for name in ("vectors", "max_tasks", "max_concepts")}
+    processes = parsing.recipe(parser, arguments.launcher, ()).get("num_processes", 1)
+    settings |= {"processes": processes} if processes != 1 else {}  # each adds a batch to a step
     try:
         claim(results, settings | {"config": recipe, "rest": rest}, "--results")
     except ValueError as error:
         sys.exit(f"error: {error}")
     model = recipe["model_name_or_path"]
+    where = ["--revision", recipe["model_revision"]] if recipe.get("model_revision") else []
+    where += ["--trust-remote-code"] if recipe.get("trust_remote_code") else []
 
     def audit(which, out: Path) -> Record:
         calibrate(
             "audit", which, "--vectors", arguments.vectors, "--out", out, "--max-tasks", arguments.max_tasks,
-            "--max-concepts", arguments.max_concepts,
+            "--max-concepts", arguments.max_concepts, *where,
         )  # fmt: skip
         return load_record(out)
 
@@ -135,13 +141,15 @@ def main(words: list[str]) -> None:
                 print(f"{row}: this run is finished; nothing to do", flush=True)
                 continue
             before, folder = audit(model, arguments.out / "before"), arguments.out / name
-            check_texts(results, name, before.options["corpora"])
+            figures.check_same(results, {"run": name} | {what: before.options[key] for what, key in READ.items()})
             call(
                 sys.executable, "-m", "accelerate.commands.launch", "--config_file", arguments.launcher,
                 HERE / "pretrain.py", "--config", arguments.config, "--selection", selection, "--seed", seed,
                 "--output_dir", folder / "model", *rest,
             )  # fmt: skip
             found = row_of(name, selection, before, audit(folder / "model", folder / "audit"))
+            found["data"] = json.loads((folder / "model" / "settings.json").read_text(encoding="utf-8"))["data"]
+            figures.check_same(results, found)
             row.parent.mkdir(parents=True, exist_ok=True)
             figures.put(row, json.dumps(found, indent=1))
             write(results)

@@ -39,7 +39,8 @@ from calibrate.audit.record import Record, load_record
 from calibrate.training.arms import HINGED, Arm
 
 HERE = Path(__file__).parent
-FROM_YAML = ("model_name_or_path", "vectors", "concepts", "blocks")  # the audit reads them there, for all runs alike
+# The audit reads them there, for all runs alike.
+FROM_YAML = ("model_name_or_path", "model_revision", "trust_remote_code", "vectors", "concepts", "blocks")
 STEERING = -0.05  # dose of `inference-steering` at the audit: the study's, away from the target
 COLUMNS = {
     "excess": "failing contexts above the ceiling, sigma",
@@ -114,6 +115,8 @@ def audit(model: Any, out: Path, arguments: argparse.Namespace, *more: Any) -> N
     tasks = ["--max-tasks", arguments.max_tasks] if arguments.max_tasks else []
     only = ["--concepts", *arguments.concepts] if arguments.concepts else []
     only += ["--blocks", arguments.blocks] if arguments.blocks else []
+    only += ["--revision", arguments.revision] if arguments.revision else []
+    only += ["--trust-remote-code"] if arguments.trust_remote_code else []
     calibrate(
         "audit", model, "--vectors", arguments.vectors, "--out", out, "--target", arguments.target,
         "--split", arguments.split, "--pressed", *tasks, *only, *more,
@@ -169,7 +172,7 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
     quantile = float(options.get("ceiling_quantile", arguments.quantile))
     found = row_of(name, arm, arguments.out / "before", arguments.out / name / "audit", quantile)
     found["seed"] = options["seed"]
-    check_texts(arguments.results, name, found["texts"])
+    figures.check_same(arguments.results, found)
     row = arguments.results / name / "row.json"
     row.parent.mkdir(parents=True, exist_ok=True)
     figures.put(row, json.dumps(found, indent=1))
@@ -177,27 +180,18 @@ def finish(name: str, arm: str, options: dict[str, Any], arguments: argparse.Nam
     print(f"{row}: written", flush=True)
 
 
-def check_texts(results: Path, name: str, texts: str) -> None:
-    """Ends the sweep where the folder has rows of audits that read other texts: their figures are not comparable."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*/row.json")]
-    if others := sorted(row["run"] for row in rows if row.get("texts") != texts):
-        sys.exit(
-            f"error: {name} is audited on other texts than {others[0]} in {results} (by another version, or the "
-            "corpora were changed); give another `--results`, what is in `--out` serves it too"
-        )
-
-
 def row_of(name: str, arm: str, before: Path, after: Path, quantile: float) -> dict[str, Any]:
     """Name, arm, distance to the ceiling, hinge, and all of a comparison: figures with 95 % intervals, and by task.
 
     The hinge is that of the band's mean reading at the header, with its knee at one sigma, whatever the recipe pressed
-    with. `texts` is the digest of what both audits read.
+    with. `texts` and `vectors` are digests of what both audits read, and with which vectors.
     """
     records = [load_record(folder) for folder in (before, after)]
     change = readers.compare(*records)
     excess = above_ceiling(*records, quantile)
     huber = np.where(excess > 1, excess - 0.5, 0.5 * np.clip(excess, 0, None) ** 2)
     found = {"excess": stats.mean(excess), "hinge": stats.mean(huber), "texts": records[0].options["corpora"]}
+    found["vectors"] = records[0].options["vectors"]
     return {"run": name, "arm": arm} | found | change.figures | {"by_task": change.by_task}
 
 
@@ -224,6 +218,7 @@ def claim(arguments: argparse.Namespace, rest: list[str]) -> None:
     """
     settings = {name: getattr(arguments, name) for name in ("recipe", "max_tasks", "concepts", "vectors")}
     settings |= {"split": arguments.split} if arguments.split != "audit" else {}
+    settings |= {"processes": arguments.processes} if arguments.processes != 1 else {}  # each adds a batch to a step
     settings |= {"config": yaml.safe_load(arguments.config.read_text(encoding="utf-8")), "rest": rest}
     path = arguments.results / "settings.json"
     if not path.is_file():
@@ -280,14 +275,18 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if arguments.launcher and arguments.workers > 1:
         parser.error("--launcher is not used with --workers above 1, which start runs by themselves; leave one out")
     recipe = parsing.recipe(parser, arguments.config, ("model_name_or_path", "vectors"))
-    changed = {part.split("=")[0] for variant in arguments.variants for part in variant.split(",")} & {*FROM_YAML}
-    if wrong := sorted(changed | (parsing.names(rest) & {*FROM_YAML, "ceiling_quantile"})):
+    changed = {part.split("=")[0] for variant in arguments.variants for part in variant.split(",")}
+    if wrong := sorted((changed & {*FROM_YAML}) | (parsing.names(rest) & {*FROM_YAML, "ceiling_quantile"})):
         parser.error(f"the audit reads `{'`, `'.join(wrong)}` from the YAML; put it there, where every run has it")
-    parsing.refuse(parser, rest, {"arm", "seed", "random_seed", "output_dir", "config"})
+    if wrong := sorted(changed & {"arm", "output_dir", "config"}):
+        parser.error(f"--variants change options of one arm, and `{'`, `'.join(wrong)}` is none; use --arms")
+    parsing.refuse(parser, rest, {"arm", "seed", "random_seed", "output_dir", "config"} | changed)
     arguments.launcher = arguments.launcher or HERE.parent / "accelerate_configs" / "single_cpu.yaml"
+    arguments.processes = parsing.recipe(parser, arguments.launcher, ()).get("num_processes", 1)
     arguments.results = arguments.results or arguments.out
     arguments.model, arguments.vectors = recipe["model_name_or_path"], recipe["vectors"]
     arguments.quantile, arguments.blocks = recipe.get("ceiling_quantile", 0.5), recipe.get("blocks")
+    arguments.revision, arguments.trust_remote_code = recipe.get("model_revision"), recipe.get("trust_remote_code")
     arguments.target = recipe.get("concepts", ["desperate"])[0]
     return arguments, rest
 

@@ -33,10 +33,8 @@ class Sweep:
         self.config = tmp_path / "dpo.yaml"
         self.config.write_text(yaml.safe_dump({"model_name_or_path": "tiny", "vectors": "vectors/train", "seed": 0}))
         monkeypatch.setattr(sweep, "call", lambda *words: self.commands.append([str(word) for word in words]))
-        self.texts = "digest"
-        monkeypatch.setattr(
-            sweep, "load_record", lambda folder: SimpleNamespace(folder=folder, options={"corpora": self.texts})
-        )
+        self.options = {"corpora": "digest", "vectors": "digest"}
+        monkeypatch.setattr(sweep, "load_record", lambda folder: SimpleNamespace(folder=folder, options=self.options))
         monkeypatch.setattr(sweep.readers, "compare", self.compare)
         monkeypatch.setattr(sweep, "above_ceiling", lambda *_: np.array([-1.0, 0.4, 3.0]))
 
@@ -148,6 +146,7 @@ def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
     [
         (("none", "--variants", "penalty_share=3"), "--variants are of the arms that press, and --arms has none"),
         (("none", "--draws", "3"), "--draws is of the arm random, which --arms does not name"),
+        (("none", "--launcher", "none.yaml"), "No such file or directory: 'none.yaml'"),
         (("none", "--workers", "2", "--launcher", "ddp.yaml"), "--launcher is not used with --workers above 1"),
         *(
             (("none", "--", *given), f"the audit reads `{name}` from the YAML; put it there")
@@ -166,7 +165,18 @@ def test_variants_draw_the_pareto_figure_and_the_curve_over_tasks(sweep):
                 ("hinge-refit", "--variants", f"beta=1,{name}=x"),
                 f"the audit reads `{name}` from the YAML; put it there",
             )
-            for name in ("vectors", "concepts", "blocks", "model_name_or_path")
+            for name in ("vectors", "concepts", "blocks", "model_name_or_path", "model_revision")
+        ),
+        *(
+            (
+                ("hinge-refit", "--variants", f"beta=1,{name}=x"),
+                f"change options of one arm, and `{name}` is none",
+            )
+            for name in ("arm", "output_dir", "config")
+        ),
+        (
+            ("hinge-refit", "--variants", "beta=1", "beta=2", "--", "--beta", "3"),
+            "the sweep gives each run its `beta`; leave it out",
         ),
     ],
 )
@@ -211,8 +221,10 @@ def test_a_variant_of_another_seed_is_not_taken_for_the_finished_one(sweep):
 def test_the_launcher_is_the_shipped_one_for_a_cpu_unless_it_is_named(sweep):
     sweep("--arms", "none")
     assert option(sweep.of("--arm")[0], "--config_file") == str(ROOT / "accelerate_configs" / "single_cpu.yaml")
-    sweep("--arms", "none", "--seeds", "1", "--launcher", "ddp.yaml")
-    assert option(sweep.of("--arm")[0], "--config_file") == "ddp.yaml"
+    own = sweep.out.with_name("own.yaml")
+    own.write_text("num_processes: 1\n")
+    sweep("--arms", "none", "--seeds", "1", "--launcher", str(own))
+    assert option(sweep.of("--arm")[0], "--config_file") == str(own)
 
 
 def test_steering_at_the_audit_takes_the_model_that_was_trained_without_an_arm(sweep):
@@ -232,6 +244,20 @@ def test_fewer_concepts_serve_the_reference_and_every_run_alike(sweep):
         assert cli._parser().parse_args(command[command.index("audit") :]).concepts == ["desperate", "calm"]
 
 
+def test_what_the_model_needs_to_be_loaded_is_in_every_audit(sweep):
+    sweep.config.write_text(sweep.config.read_text() + "model_revision: v1\ntrust_remote_code: true\n")
+    sweep("--arms", "none")
+    for command in sweep.of("audit"):
+        arguments = cli._parser().parse_args(command[command.index("audit") :])
+        assert (arguments.revision, arguments.trust_remote_code) == ("v1", True)
+
+
+def test_runs_of_more_processes_are_other_settings(sweep):
+    sweep("--arms", "none")
+    with pytest.raises(SystemExit, match=r"holds a sweep with other settings \(differing: processes\); choose"):
+        sweep("--arms", "hinge-refit", "--launcher", str(ROOT / "accelerate_configs" / "ddp.yaml"))
+
+
 def test_results_of_other_settings_are_refused(sweep):
     sweep("--arms", "none")
     with pytest.raises(SystemExit, match=r"holds a sweep with other settings \(differing: max_tasks, rest\); choose"):
@@ -239,10 +265,11 @@ def test_results_of_other_settings_are_refused(sweep):
     assert sweep.commands == []
 
 
-def test_audits_of_other_texts_are_not_put_beside_one_another(sweep):
+@pytest.mark.parametrize(("what", "key"), [("texts", "corpora"), ("vectors", "vectors")])
+def test_audits_of_other_texts_or_vectors_are_not_put_beside_one_another(sweep, what, key):
     sweep("--arms", "none")
-    sweep.texts = "another"
-    with pytest.raises(SystemExit, match=r"error: none-seed1 is audited on other texts than none-seed0 in .*sweep \("):
+    sweep.options |= {key: "another"}
+    with pytest.raises(SystemExit, match=rf"error: none-seed1 has other {what} than none-seed0 in .*sweep \("):
         sweep("--arms", "none", "--seeds", "0", "1")
     assert [path.parent.name for path in sweep.out.glob("*/row.json")] == ["none-seed0"]
     sweep("--arms", "none", "--seeds", "1", "--results", str(sweep.out.with_name("others")))

@@ -14,6 +14,7 @@ from records import BASELINE, LEVELS, make_record, make_vectors
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+READ = {"corpora": "digest", "vectors": "digest"}  # what an audit says that it read
 sys.path.insert(0, str(ROOT / "recipes"))
 import books  # noqa: E402
 import pretrain  # noqa: E402
@@ -153,6 +154,8 @@ def test_two_steps_then_nothing_to_do(scored, tiny_folder, monkeypatch, capsys, 
         ({"save_only_model": "true"}, "error: `save_only_model` is True, but this recipe resumes by itself"),
         ({"resume_from_checkpoint": "x"}, "error: `resume_from_checkpoint` is 'x', which this recipe does not use"),
         ({"tokens": 10}, "error: `tokens` is 10, less than one block of `max_length` 512; raise it"),
+        ({"max_length": "null"}, "error: `max_length` is None; give the tokens of a block, 1 or more"),
+        ({"config": "smollm2"}, "error: .*Is a directory: 'smollm2'"),
         ({"config": "broken.yaml"}, "error: while parsing a flow sequence"),
     ],
 )
@@ -161,6 +164,7 @@ def test_a_mistake_is_one_line(scored, tiny_folder, monkeypatch, change, message
 
     monkeypatch.chdir(scored)
     Path("broken.yaml").write_text("seed: [0")
+    Path("smollm2").mkdir()
     options = {"config": ROOT / "recipes" / "smollm2-135m" / "pretrain.yaml", "model_name_or_path": tiny_folder}
     options |= {"pool": "pool.parquet", "scores": "scored", "selection": "curated", "output_dir": "run"} | change
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
@@ -220,8 +224,8 @@ def test_a_folder_is_of_one_run(scored):
 def test_a_row_by_hand():
     """Calm (axis 1) rises by 1.5 on failing contexts, all else stays; a loss of 2.01 for 2: perplexity + 1.005 %."""
     vectors = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2])
-    before = make_record(vectors, {"failing": {0: LEVELS, 1: 0.5}}, loss=2.0, options={"corpora": "digest"})
-    after = make_record(vectors, {"failing": {0: LEVELS, 1: 2.0}}, loss=2.01, options={"corpora": "digest"})
+    before = make_record(vectors, {"failing": {0: LEVELS, 1: 0.5}}, loss=2.0, options=dict(READ))
+    after = make_record(vectors, {"failing": {0: LEVELS, 1: 2.0}}, loss=2.01, options=dict(READ))
     row = pretrain_sweep.row_of("curated-seed0", "curated", before, after)
     assert (row["run"], row["selection"]) == ("curated-seed0", "curated")
     assert row["calm_failing"][0] == pytest.approx(1.5, abs=1e-4)
@@ -258,7 +262,7 @@ def test_how_alike_selections_move_all_concepts():
                 ["--", f"--{name}", "x"],
                 f"the sweep gives each run its `{name}`; leave it",
             )
-            for name in ("selection", "seed", "output_dir", "config", "model_name_or_path")
+            for name in ("selection", "seed", "output_dir", "config", "model_name_or_path", "model_revision")
         ),
     ],
 )
@@ -273,26 +277,34 @@ def test_a_sweep_refuses_what_it_would_not_do(tmp_path, capsys, content, words, 
 
 
 def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
-    vectors, commands = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2]), []
-    monkeypatch.setattr(pretrain_sweep, "call", lambda *words: commands.append(("train", *map(str, words))))
+    vectors, commands, trained = make_vectors(list(pretrain_sweep.CONCEPTS), [2], [2]), [], {"data": ["digest"]}
+
+    def train(*words):
+        commands.append(("train", *map(str, words)))
+        folder = Path(words[words.index("--output_dir") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(trained))
+
+    monkeypatch.setattr(pretrain_sweep, "call", train)
     monkeypatch.setattr(pretrain_sweep, "calibrate", lambda *words: commands.append(tuple(map(str, words))))
     records = {
-        "before": make_record(vectors, BASELINE, options={"corpora": "digest"}),
-        "audit": make_record(vectors, {"failing": {1: 0.5}, "neutral": {1: 0.5}}, options={"corpora": "digest"}),
+        "before": make_record(vectors, BASELINE, options=dict(READ)),
+        "audit": make_record(vectors, {"failing": {1: 0.5}, "neutral": {1: 0.5}}, options=dict(READ)),
     }
     monkeypatch.setattr(pretrain_sweep, "load_record", lambda folder: records[folder.name])
     config = tmp_path / "pretrain.yaml"
-    config.write_text("model_name_or_path: tiny\n")
+    config.write_text("model_name_or_path: tiny\nmodel_revision: v1\n")
     words = ["--config", str(config), "--out", str(tmp_path / "out"), "--seeds", "3", "--selections", "curated"]
     pretrain_sweep.main([*words, "--", "--tokens", "512"])
     assert [command[:2] for command in commands[::2]] == [
         ("audit", "tiny"),
         ("audit", str(tmp_path / "out/curated-seed3/model")),
     ]
-    train = commands[1]
-    assert train[train.index("--selection") :][:4] == ("--selection", "curated", "--seed", "3")
-    assert train[-2:] == ("--tokens", "512")
+    given = commands[1]
+    assert given[given.index("--selection") :][:4] == ("--selection", "curated", "--seed", "3")
+    assert given[-2:] == ("--tokens", "512")
     assert json.loads((tmp_path / "out/curated-seed3/row.json").read_text())["selection"] == "curated"
+    assert [command[-2:] for command in commands[::2]] == [("--revision", "v1")] * 2
     commands.clear()
     pretrain_sweep.main([*words, "random", "--", "--tokens", "512"])
     assert len(commands) == 3  # curated is finished
@@ -303,14 +315,19 @@ def test_a_sweep_trains_audits_and_goes_on(tmp_path, monkeypatch, capsys):
         told = r"out was begun with other settings \(differing: \w+\); choose another `--results` or delete it"
         with pytest.raises(SystemExit, match=told):
             pretrain_sweep.main([*words, *more])
-    commands.clear()
+    for what in ("corpora", "vectors"):
+        commands.clear()
+        for record in records.values():
+            record.options.update(READ | {what: "of another version"})
+        told = f"valence-seed3 has other {'texts' if what == 'corpora' else what} than curated-seed3 in .*out "
+        with pytest.raises(SystemExit, match=f"^error: {told}"):
+            pretrain_sweep.main([*words, "random", "valence", "--", "--tokens", "512"])
+        assert [command[:2] for command in commands] == [("audit", "tiny")]  # before anything is trained
     for record in records.values():
-        record.options["corpora"] = "of another version"
-    with pytest.raises(
-        SystemExit, match=r"^error: valence-seed3 is audited on other texts than curated-seed3 in .*out "
-    ):
+        record.options.update(READ)
+    trained["data"] = ["scored again"]
+    with pytest.raises(SystemExit, match=r"^error: valence-seed3 has other data than curated-seed3 in .*out "):
         pretrain_sweep.main([*words, "random", "valence", "--", "--tokens", "512"])
-    assert [command[:2] for command in commands] == [("audit", "tiny")]  # before anything is trained
     table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
     assert [line.split(" |")[0] for line in table[2:4]] == ["| curated-seed3", "| random-seed3"]
     assert sum("correlation of changes" in line for line in table) == 2
