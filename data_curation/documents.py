@@ -160,12 +160,12 @@ def _parse(line: bytes | None) -> dict[str, Any] | str:
 
 
 def _unpack(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch; column by column, and value by value only where one is not UTF-8."""
+    """The rows of a batch; column by column, and value by value only where one cannot be read."""
     names = batch.schema.names
     try:
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield dict(zip(names, row, strict=True))
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         for i in range(batch.num_rows):
             yield _row(batch, i)
 
@@ -177,6 +177,8 @@ def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | str:
             row[name] = column[i].as_py()
         except UnicodeDecodeError as wrong:
             return f"not UTF-8 (byte {wrong.object[wrong.start]:#04x} at {wrong.start} of a value of {name!r})"
+        except (ValueError, OverflowError) as wrong:  # a date before the year 1, or after 9999
+            return f"a value of {name!r} that cannot be read ({wrong})"
     return row
 
 
@@ -194,9 +196,9 @@ class ScoredReader(ShardReader):
         shard = self.shards[rank]
         scored = SidecarReader(self.shards, str(self.folder / "scores")).run(None, rank, world_size)
         record = json.loads((self.folder / f"state/score/records/{rank:05d}.json").read_text(encoding="utf-8"))
-        aside = {fault["row"] for fault in record["faults"]}
+        aside = {fault["number"] for fault in record["faults"]}
         for document in self._read(rank):
-            if aside and row_number(shard, document.metadata[ROW]) in aside:
+            if document.metadata[ROW] in aside:
                 continue
             if fault := document.metadata.get(FAULT):  # in a column that was not read when scored
                 raise Fault(f"{place(shard, document.metadata[ROW])}: {fault}")
@@ -245,5 +247,7 @@ class Picked(PipelineStep):
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         for document in data:
             values = document.metadata[VALUES]
-            document.metadata |= {name: None if values[name] is None else str(values[name]) for name in self.columns}
+            document.metadata |= {
+                name: None if values.get(name) is None else str(values[name]) for name in self.columns
+            }
             yield document

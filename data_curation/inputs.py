@@ -10,7 +10,6 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,7 +176,7 @@ def _files(source: str, split: str | None) -> list[tuple[str, str, str]]:
     if path.is_file():
         if not source.endswith(ENDINGS):
             raise ValueError(f"{source} is none of {', '.join(ENDINGS)}")
-        return [(path.name, str(path.resolve()), _kind(source))]
+        return [(path.name, os.path.abspath(path), _kind(source))]  # of a link its own name, which has the ending
     if not path.is_dir():
         if "://" in source or source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise ValueError(f"{source} is no file, no folder, and no Hub id such as owner/name")
@@ -192,7 +191,7 @@ def _files(source: str, split: str | None) -> list[tuple[str, str, str]]:
         raise ValueError(f"{lost[0]} is a link to nothing; mend or remove it")
     if not found:
         raise ValueError(f"{source} holds nothing to read: no {', '.join(ENDINGS)}, and no dataset saved to disk")
-    return [(str(file.relative_to(path)), str(file.resolve()), _kind(file.name)) for file in found]
+    return [(str(file.relative_to(path)), os.path.abspath(file), _kind(file.name)) for file in found]
 
 
 def _kind(name: str) -> str:
@@ -206,6 +205,8 @@ def _saved(path: Path, split: str | None = None) -> list[tuple[str, str, str]]:
         if split and split not in splits:
             raise ValueError(f"`--split` {split!r} is none of {path}; there are {', '.join(splits)}")
         splits = [split] if split else splits
+        if lost := [name for name in splits if not (path / name / "state.json").is_file()]:
+            raise ValueError(f"{path} names the split {lost[0]!r}, and {path / lost[0]} holds none; copy it whole")
         return [(f"{split}/{name}", file, kind) for split in splits for name, file, kind in _saved(path / split)]
     if not (path / "state.json").is_file():
         return []
@@ -301,15 +302,23 @@ def _skip(file: io.BufferedIOBase) -> int:
     return total
 
 
-@lru_cache(maxsize=64)
 def lines_before(shard: Shard) -> int:
-    """Lines of a plain JSONL file before a shard: counted only to name a row."""
-    count, left = 0, shard.start
+    """Lines of a plain JSONL file before a shard: counted only to name a row.
+
+    It goes on from the last shard that it was asked about: whoever asks in order reads a file once.
+    """
+    at, count = _COUNTED.get(shard.path, (0, 0))
+    if at > shard.start:
+        at, count = 0, 0
     with open(shard.path, "rb") as file:
-        while left > 0 and (piece := file.read(min(left, 1 << 22))):
-            count, left = count + piece.count(b"\n"), left - len(piece)
-    if shard.start:  # the line that spans the start belongs to the shard before
-        with open(shard.path, "rb") as file:
+        file.seek(at)
+        while at < shard.start and (piece := file.read(min(shard.start - at, 1 << 22))):
+            at, count = at + len(piece), count + piece.count(b"\n")
+        _COUNTED[shard.path] = at, count
+        if shard.start:  # the line that spans the start belongs to the shard before
             file.seek(shard.start - 1)
             count += file.read(1) != b"\n"
     return count
+
+
+_COUNTED: dict[str, tuple[int, int]] = {}  # path -> a byte, and how many lines end before it

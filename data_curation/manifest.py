@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_curation.documents import ROW, ShardReader, place
+from data_curation.documents import ROW, ShardReader, place, row_number
 from data_curation.inputs import Shard, digest
 from data_curation.writing import key_hash, write_json
 
@@ -135,8 +135,12 @@ def totals(state: Path, shards: list[Shard], out: Path, whole: bool = False) -> 
 
 def faults(state: Path, shards: list[Shard]) -> list[dict[str, Any]]:
     """The rows that were set aside, in input order."""
-    records = (json.loads((state / "records" / f"{i:05d}.json").read_text()) for i in range(len(shards)))
-    return [fault for record in records for fault in record["faults"]]
+    found = []
+    for rank, shard in enumerate(shards):
+        for fault in json.loads((state / "records" / f"{rank:05d}.json").read_text())["faults"]:
+            row = row_number(shard, fault["number"])
+            found.append({"file": shard.path, "row": row, "reason": fault["reason"]})
+    return found
 
 
 def repeated_id(state: Path, reader: ShardReader) -> str | None:

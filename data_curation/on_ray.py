@@ -22,6 +22,16 @@ class RayExecutor(RayPipelineExecutor):
     for ever, and an error is only counted.
     """
 
+    def check_room(self, there: dict[str, float]) -> None:
+        """Raises ValueError where one task asks for more than these resources."""
+        gib = self.mem_per_cpu_gb * self.cpus_per_task
+        for what, asked, has in (
+            ("gpus_per_task", self.gpus_per_task, there.get("GPU", 0)),
+            ("mem_per_cpu_gb", gib, there.get("memory", 0) / (1 << 30)),
+        ):
+            if asked > has:
+                raise ValueError(f"`{what}`: a task asks for {asked:g}, and this machine has {has:.3g}; lower it")
+
     def run(self) -> None:
         held: Any = ray.put(self)
         memory = int(self.mem_per_cpu_gb * self.cpus_per_task * (1 << 30))

@@ -182,9 +182,11 @@ def _launch(executor, config: Config) -> bool:
 
         # Without an address a cluster of this machine alone. It listens on all interfaces and asks for Ray's token.
         address = config.options.get("address")
-        own: dict[str, Any] = {} if address else {"num_cpus": config.workers}
+        own: dict[str, Any] = {} if address else {"num_cpus": config.workers * executor.cpus_per_task}
         ray.init(address, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": THREADS}, **own)
         try:
+            if own:  # what no machine has is waited for until one that has it joins: here, for ever
+                executor.check_room(ray.cluster_resources())
             executor.run()
         finally:
             ray.shutdown()

@@ -135,10 +135,14 @@ def _result(path: Path, scores: Scores) -> dict[str, Any]:
     wanted = json.loads(json.dumps(scores.made_from()))
     if other := [name for name, value in wanted.items() if made_from.get(name) != value]:
         raise ValueError(f"{path} was made from other scores ({made_from['scores']}; differing: {', '.join(other)})")
+    if manifest.load_shards(path) != scores.shards:
+        raise ValueError(f"{path} was made from these scores when they were in other shards; make it again")
     options = {name: made_from[name] for name in OPTIONS if name in made_from}
     cuts = [Cut(made_from["below"], upper=True)] if "below" in made_from else []
     cuts += [Cut(edge, upper=False) for edge in made_from.get("edges", [])]
     counts = {name: value for name, value in found["figures"].items() if name != "fit"}
+    if made_from["kind"] == "reweight" and not made_from["sample"]:
+        counts.pop("characters")  # no text was read
     fit = found["figures"].get("fit", {})
     return {"path": str(path), "kind": made_from["kind"], "options": options, "cuts": cuts,
             "counts": counts, "fit": fit}  # fmt: skip

@@ -52,6 +52,8 @@ def score(
     if number_rows and id_column is not None:
         raise ValueError(f"`--number-rows` and `--id-column` {id_column!r}: ids are one or the other; give one")
     found, out = find(source, shard_mb << 20, split), out.resolve()
+    if Path(source).is_dir() and out.is_relative_to(Path(source).resolve()):
+        raise ValueError(f"`--out` {out} lies in the input {source}, and would be read as a part of it; take another")
     scorer = str(Path(scorer).resolve()) if Path(scorer).is_dir() else scorer  # workers may stand elsewhere
     if not number_rows:
         id_column = _ids(found.columns, id_column)
@@ -133,9 +135,10 @@ class Scores(NamedTuple):
 def open_scores(folder: Path) -> Scores:
     folder = folder.resolve()
     scores = Scores(folder, manifest.load_complete(folder, "score"), manifest.load_shards(folder))
-    for shard in scores.shards:
-        if not (path := folder / "scores" / f"{shard.name}.parquet").is_file():
-            raise ValueError(f"{path} is gone; run its `curate score` again, it writes what is missing")
+    for rank, shard in enumerate(scores.shards):
+        for name in (f"scores/{shard.name}.parquet", f"state/score/records/{rank:05d}.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is gone; run its `curate score` again, it writes what is missing")
     return scores
 
 
@@ -268,8 +271,9 @@ def reweight(
     if columns and not pick_columns(scores, out, columns, config):
         return None
     fit = selection.fit_weights(_corpus(scores, out, topic, form), beta, floor, cap)
-    write_json(out / "table.json", fit.table)
-    steps = [blocks.Reweighter(fit.table, topic, form, seed)]
+    table = fit.table | {"columns": [topic, form]}
+    write_json(out / "table.json", table)
+    steps = [blocks.Reweighter(table, topic, form, seed)]
     if sample:
         picked = [Picked(columns)] if columns else []
         steps = [scores.reader(None), *picked, *steps]

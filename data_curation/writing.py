@@ -19,7 +19,7 @@ import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_curation.documents import BATCH_ROWS, FAULT, ROW, VALUES, Documents, Fault, row_number
+from data_curation.documents import BATCH_ROWS, FAULT, ROW, VALUES, Documents, Fault
 from data_curation.inputs import Shard
 
 GROUP_ROWS = 5 * BATCH_ROWS  # of a parquet row group: readers in step need groups that batches divide
@@ -97,8 +97,7 @@ class ShardWriter(PipelineStep):
             files[folder] = _Table(Path(self.out) / folder / f"{shard.name}.parquet", schema)
         for document in data:
             if FAULT in document.metadata:
-                row, reason = row_number(shard, document.metadata[ROW]), document.metadata[FAULT]
-                self.faults.append({"file": shard.path, "row": row, "reason": reason})
+                self.faults.append({"number": document.metadata[ROW], "reason": document.metadata[FAULT]})
                 continue
             self._count("rows")
             self._count("characters", len(document.text))

@@ -101,18 +101,28 @@ def load(args: SelectionConfig) -> tuple[list[str], np.ndarray, list[str]]:
 
     from data_curation import inputs, manifest
 
-    if inputs.digest(args.pool) not in manifest.load(Path(args.scores))["made_from"]["input"].values():
+    scored = manifest.load(Path(args.scores))
+    text_column, id_column = (scored["made_from"][name] for name in ("text_column", "id_column"))
+    if inputs.digest(args.pool) not in scored["made_from"]["input"].values():
         raise ValueError(f"{args.scores} was not made from {args.pool} as it is now; score it again")
+    if not scored["complete"]:
+        raise ValueError(f"{args.scores} is not complete; run its `curate score` again")
+    if id_column is None:
+        raise ValueError(f"{args.scores} numbers the rows of {args.pool}; score it with a column of ids")
     pool = pq.read_table(args.pool)
-    if missing := {"id", "text", args.group_column} - set(pool.column_names):
+    if missing := {args.group_column} - set(pool.column_names):
         raise ValueError(f"{args.pool}: no column {', '.join(sorted(missing))}; there are {pool.column_names}")
     table = pq.read_table(Path(args.scores) / "scores", columns=["id", "regulation"])
     scores = dict(zip(*(table[name].to_pylist() for name in ("id", "regulation")), strict=True))
-    ids = [str(id_) for id_ in pool["id"].to_pylist()]  # as scores have them
-    if unscored := [id_ for id_ in ids if id_ not in scores]:
-        raise ValueError(f"{args.scores} lacks {len(unscored)} ids of {args.pool}, such as {unscored[0]!r}; score it")
-    regulation = np.array([np.nan if scores[id_] is None else scores[id_] for id_ in ids], float)
-    return pool["text"].to_pylist(), regulation, [str(name) for name in pool[args.group_column].to_pylist()]
+    ids = [str(id_) for id_ in pool[id_column].to_pylist()]  # as scores have them
+    unscored = [id_ for id_ in ids if id_ not in scores]
+    if len(unscored) != scored["figures"]["set_aside"]:
+        raise ValueError(
+            f"{args.scores} lacks {len(unscored)} ids of {args.pool}, such as {next(iter(unscored), None)!r}; score it"
+        )
+    found = [scores.get(id_) for id_ in ids]  # of rows that were set aside: None
+    regulation = np.array([np.nan if value is None else value for value in found], float)
+    return pool[text_column].to_pylist(), regulation, [str(name) for name in pool[args.group_column].to_pylist()]
 
 
 def claim(folder: Path, settings: dict[str, Any], option: str) -> None:

@@ -21,7 +21,7 @@ from data_curation.runs import filter_tail, reweight, tag
 from data_curation.selection import weight_of
 
 TABLE = {"beta": 1.0, "floor": 0.25, "cap": 4.0, "overall": [0.5, 0.25], "topics": {"war": [0.25, 0.25]},
-         "edges": [10, 20, 30], "scales": {"*\t*\t*": 1.0}}  # fmt: skip
+         "edges": [10, 20, 30], "scales": {"*\t*\t*": 1.0}, "columns": [None, None]}  # fmt: skip
 
 
 def document(regulation, key="a", text="text", **metadata):
@@ -89,8 +89,16 @@ def test_what_is_dropped_and_why(scores, reason):
 )
 def test_a_weight_by_hand(regulation, topic, weight):
     """exp((r - mean) / deviation), between 0.25 and 4; of a topic with its own moments by those."""
-    (one,) = Reweighter(TABLE, topic="topic").run([document(regulation, topic=topic)])
+    (one,) = Reweighter(TABLE | {"columns": ["topic", None]}, "topic").run([document(regulation, topic=topic)])
     assert one.metadata["weight"] == pytest.approx(weight)
+
+
+def test_a_table_of_topics_needs_the_topics():
+    """Without them every document had the weight of a topic that the table does not know."""
+    with pytest.raises(
+        ValueError, match=r"fitted with the columns {'topic': 'topic', 'format': None}, and {'topic': None"
+    ):
+        Reweighter(TABLE | {"columns": ["topic", None]})
 
 
 def test_copies_are_the_weight_in_expectation_and_hang_on_the_id_alone():
@@ -273,7 +281,8 @@ def test_reweight_writes_weights_by_id_and_balances_the_topics(scored, tmp_path)
     assert by_topic == pytest.approx(before, rel=1e-5)
     assert weights["p95"]["weight"] > 2 > 0.5 > weights["p5"]["weight"]
     assert done["figures"]["fit"]["kl_after"] < 1e-9
-    assert json.loads((tmp_path / "out/table.json").read_text())["beta"] == 1
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert (table["beta"], table["columns"]) == (1, ["topic", None])
 
 
 def test_sample_writes_each_document_as_often_as_it_weighs(scored, tmp_path):
@@ -289,6 +298,14 @@ def test_sample_writes_each_document_as_often_as_it_weighs(scored, tmp_path):
     reweight(scored, tmp_path / "again", topic="topic", sample=True)
     assert contents(tmp_path / "out/documents") == contents(tmp_path / "again/documents")
     assert weights == sidecar(tmp_path / "again", "weights")
+
+
+def test_a_topic_that_some_rows_lack_is_none_of_theirs_in_the_sample_too(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "topic" or i % 3} for i, row in enumerate(texts(30))]
+    score(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "scores")
+    reweight(tmp_path / "scores", tmp_path / "out", topic="topic", sample=True)
+    reweight(tmp_path / "scores", tmp_path / "weights", topic="topic")
+    assert sidecar(tmp_path / "out", "weights") == sidecar(tmp_path / "weights", "weights")
 
 
 def test_results_of_other_options_are_not_mixed(scored, tmp_path):

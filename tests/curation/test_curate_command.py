@@ -14,6 +14,7 @@ from small_corpora import FAKE, contents, four_files, score, texts, write_jsonl,
 
 from data_curation import cli, report, runs
 from data_curation.pipeline import load_config
+from data_curation.writing import write_json
 
 
 @pytest.fixture
@@ -120,6 +121,8 @@ def test_the_report_has_distributions_examples_groups_and_the_hash(hostile):
     assert "SCORE 0.500" in page[page.index("At or above 0.5") :]
     assert re.search(r"<td>topic</td><td>topic</td>", page)
     assert "Effective documents" in page
+    found = report._result(hostile / "w", runs.open_scores(hostile / "scores"))
+    assert found["counts"] == {"rows": 69, "set_aside": 0}  # no text was read, so no characters are counted
 
 
 def test_a_report_is_of_results_of_these_scores(hostile, tmp_path):
@@ -133,6 +136,13 @@ def test_a_report_is_of_results_of_these_scores(hostile, tmp_path):
     told = r"/f was made from other scores \(.*/other; differing: rows, input\)"
     with pytest.raises(ValueError, match=told):
         report.write(tmp_path / "other", [tmp_path / "f"], tmp_path / "r2")
+    runs.filter_tail(tmp_path / "other", tmp_path / "g", 0.05, max_share=1)
+    score(tmp_path / "b.jsonl", tmp_path / "other", fresh=True, shard_mb=1)
+    write_json(tmp_path / "g/shards.json", [])  # a small corpus has one shard, however it is cut
+    with pytest.raises(
+        ValueError, match="/g was made from these scores when they were in other shards; make it again"
+    ):
+        report.write(tmp_path / "other", [tmp_path / "g"], tmp_path / "r2")
     with pytest.raises(ValueError, match="/scores is no finished result of `curate filter`, `tag` or `reweight`"):
         report.write(hostile / "scores", [hostile / "scores"], tmp_path / "r2")
     before = contents(hostile / "r")

@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,8 @@ def test_an_error_leaves_neither_a_file_nor_a_marker_and_the_rest_goes_on(corpus
     assert done["figures"]["set_aside"] == 1
     noted = json.loads((tmp_path / "out/set_aside.jsonl").read_text())
     assert noted == {"file": str(corpus / "b2.jsonl"), "row": 6, "reason": "an empty text"}
+    kept = runs.tag(tmp_path / "out", tmp_path / "tagged", (0.3, 0.7), ("a", "b", "c"))  # the row is passed over
+    assert kept["figures"]["rows"] == 46 + 8
 
 
 def test_equal_lines_of_many_shards_are_told_once(tmp_path):
@@ -283,6 +286,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     } == before
     score(tmp_path / "in", tmp_path / "clean", workers=2)
     assert scores(tmp_path / "out") == scores(tmp_path / "clean")
+
+
+def test_a_lost_record_is_named(corpus, tmp_path):
+    score(corpus, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/state")
+    with pytest.raises(ValueError, match=r"records/00000\.json is gone; run its `curate score` again, it writes what"):
+        runs.open_scores(tmp_path / "out")
+    score(corpus, tmp_path / "out")
+    runs.open_scores(tmp_path / "out")
+
+
+def test_results_are_not_put_among_the_input(corpus):
+    with pytest.raises(ValueError, match=f"`--out` {corpus}/scores lies in the input {corpus}, and would be read as"):
+        score(corpus, corpus / "scores")
+    assert not (corpus / "scores").exists()
 
 
 def test_a_lost_file_is_written_again(corpus, tmp_path):

@@ -147,6 +147,12 @@ def test_ray_gives_the_bytes_of_the_local_executor(corpus, tmp_path, monkeypatch
     assert not (tmp_path / "mark").exists()
     assert len(contents(tmp_path / "ray/scores")) == 5
     write_jsonl(corpus / "g.jsonl", texts(3, "g"))
+    much = config(tmp_path / "m.yaml", "executor: ray\nray: {mem_per_cpu_gb: 1.0e+6}")
+    with pytest.raises(
+        ValueError, match=r"`mem_per_cpu_gb`: a task asks for 1e\+06, and this machine has .*; lower it"
+    ):
+        runs.score(str(corpus), tmp_path / "much", config=much, **FAKE)
+    on_ray = config(tmp_path / "c.yaml", "executor: ray\nworkers: 1\nray: {mem_per_cpu_gb: 0.5, cpus_per_task: 2}")
     runs.score(str(corpus), tmp_path / "ray", config=on_ray, set_aside=True, fresh=True, **FAKE)
     score(corpus, tmp_path / "local", workers=2, set_aside=True)
     assert contents(tmp_path / "ray/scores") == contents(tmp_path / "local/scores")

@@ -1,5 +1,7 @@
 import gzip
+import io
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,7 +9,7 @@ import pytest
 import zstandard
 from small_corpora import score, sidecar, texts, write_jsonl, write_parquet
 
-from data_curation import inputs
+from data_curation import inputs, runs
 from data_curation.documents import FAULT, ROW, Fault, ShardReader, place
 
 MB = 1 << 20
@@ -224,6 +226,62 @@ def test_a_folder_with_the_ending_of_a_file_and_a_link_to_nothing(tmp_path):
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"b\.jsonl is a link to nothing; mend or remove it"):
         inputs.find(str(tmp_path), MB)
+
+
+def test_a_linked_file_is_read_by_the_ending_of_its_own_name(tmp_path):
+    """As the Hub's cache has them: the ending is the link's, and what it points to has none."""
+    write_jsonl(tmp_path / "blob", texts(3))
+    (tmp_path / "zipped").write_bytes(gzip.compress((tmp_path / "blob").read_bytes()))
+    (tmp_path / "in").mkdir()
+    for name, target in (("a.jsonl", "blob"), ("b.jsonl.gz", "zipped")):
+        (tmp_path / "in" / name).symlink_to(tmp_path / target)
+        for source in (tmp_path / "in" / name, tmp_path / "in"):
+            assert ids([s for s in inputs.find(str(source), MB).shards if s.path.endswith(name)]) == [
+                "a-0",
+                "a-1",
+                "a-2",
+            ]
+    score(tmp_path / "in/a.jsonl", tmp_path / "out")
+    runs.tag(tmp_path / "out", tmp_path / "tagged", (0.3, 0.7), ("a", "b", "c"), untagged=0)
+    assert len((tmp_path / "tagged/tagged/a.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_split_that_was_not_copied_is_named(tmp_path):
+    import datasets
+
+    saved = datasets.Dataset.from_list(texts(3))
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "both")
+    shutil.rmtree(tmp_path / "both/test")
+    with pytest.raises(ValueError, match=r"both names the split 'test', and .*both/test holds none; copy it whole"):
+        inputs.find(str(tmp_path / "both"), MB)
+
+
+def test_lines_before_a_shard_are_counted_once(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", texts(400))
+    monkeypatch.setattr(inputs, "_COUNTED", {})
+    shards = inputs.find(str(path), 1000).shards
+    assert len(shards) > 10
+    content = path.read_bytes()
+    wanted = [content[: s.start].count(b"\n") + (s.start > 0 and content[s.start - 1] != 10) for s in shards]
+    read = []
+
+    class Noted(io.FileIO):
+        def read(self, size=-1):
+            read.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(inputs, "open", lambda path, mode: Noted(path, mode), raising=False)
+    assert [inputs.lines_before(shard) for shard in shards] == wanted
+    assert sum(size for size in read if size > 1) == shards[-1].start
+    assert [inputs.lines_before(shard) for shard in reversed(shards)] == wanted[::-1]
+
+
+def test_a_date_that_python_does_not_know_is_named(tmp_path):
+    table = pa.table({"id": ["a", "b"], "text": ["x", "y"], "when": pa.array([0, -(10**12)], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    score(tmp_path / "a.parquet", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: a value of 'when' that cannot be read \("):
+        runs.filter_tail(tmp_path / "out", tmp_path / "f", 0.1)
 
 
 def test_a_link_to_a_folder_is_refused_because_it_is_not_followed(tmp_path):

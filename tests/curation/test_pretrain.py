@@ -94,7 +94,9 @@ def scored(tmp_path):
         table = pa.table({"id": [ids[i] for i in rows], "regulation": pa.array(values, pa.float32())})
         pq.write_table(table, tmp_path / "scored" / "scores" / f"{part}.parquet")
     made_from = {"kind": "score", "input": {"pool": inputs.digest(str(tmp_path / "pool.parquet"))}}
-    (tmp_path / "scored" / "run.json").write_text(json.dumps({"made_from": made_from}))
+    made_from |= {"text_column": "text", "id_column": "id"}
+    run = {"made_from": made_from, "complete": True, "figures": {"set_aside": 0}}
+    (tmp_path / "scored" / "run.json").write_text(json.dumps(run))
     return tmp_path
 
 
@@ -114,9 +116,26 @@ def test_scores_go_with_their_passages(scored):
     with pytest.raises(ValueError, match=r"no column author; there are \['id', 'text', 'book'\]"):
         pretrain.load(args)
     args.group_column = "book"
+    path = scored / "scored" / "run.json"
+    run = json.loads(path.read_text())
+    for change, message in (
+        ({"complete": False}, "scored is not complete; run its `curate score` again"),
+        (
+            {"made_from": run["made_from"] | {"id_column": None}},
+            "scored numbers the rows of .*; score it with a column",
+        ),
+    ):
+        path.write_text(json.dumps(run | change))
+        with pytest.raises(ValueError, match=message):
+            pretrain.load(args)
+    path.write_text(json.dumps(run | {"made_from": run["made_from"] | {"text_column": "book"}}))
+    assert pretrain.load(args)[0] == ["x", "y"] * 6  # what was scored is what is trained on
+    path.write_text(json.dumps(run))
     (scored / "scored" / "scores" / "0.parquet").unlink()
     with pytest.raises(ValueError, match=r"lacks 6 ids of .*pool.parquet, such as 'p06'; score it"):
         pretrain.load(args)
+    path.write_text(json.dumps(run | {"figures": {"set_aside": 6}}))
+    assert np.isnan(pretrain.load(args)[1]).sum() == 7  # never drawn
 
 
 @pytest.mark.parametrize("name", ["pretrain", "pretrain-gpu"])
