@@ -252,9 +252,6 @@ def _add_import(inner, talk: argparse.ArgumentParser) -> None:
     three.add_argument("--passing", nargs="+", help="statuses that mean passing (default: passed, C, true, 1, ...)")
     three.add_argument("--reply", help="opening of the next turn that fits either outcome (default: a neutral one)")
     three.add_argument("--split", choices=("train", "selection", "audit"), default="train")
-    three.add_argument(
-        "--plain-roles", action="store_true", help="for templates without tool or system: both speak as the user"
-    )
 
 
 if __name__ == "__main__":

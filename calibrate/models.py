@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Generator
@@ -12,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from calibrate import transcripts
 from calibrate.default_model import DEFAULT_REPOSITORY, default_folder, resolve_default
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
@@ -125,6 +129,11 @@ def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None
         raise ValueError(
             f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
             "`tokenizer.chat_template` and save it"
+        )
+    tokenizer.plain_roles = not transcripts.takes_roles(tokenizer)
+    if tokenizer.plain_roles:
+        logger.warning(
+            "the chat template of %s does not take system text and tool results as they are: the user says them", name
         )
 
 

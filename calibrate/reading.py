@@ -116,7 +116,9 @@ def read_file(
         if out.exists():
             return 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    meta_path.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    aside = out.with_name(f"{out.name}.meta.partial")
+    aside.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, meta_path)
     done = _whole_windows(part)
     scales = _scales(vectors, at)
     records = itertools.islice(read_records(source), done, None)

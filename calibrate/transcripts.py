@@ -48,6 +48,36 @@ def encode_text(tokenizer, text: str) -> Encoded:
     return Encoded(ids, [Span("text", 0, 0, len(ids))], [tuple(pair) for pair in tokens["offset_mapping"]], text)
 
 
+def takes_roles(tokenizer) -> bool:
+    """Whether the template takes system text, tool results and a user's turn after them, and writes all as it is."""
+    roles = ("system", "user", "assistant", "tool", "user")
+    chat = [{"role": role, "content": f'{role} says\n{{"a": 1}}'} for role in roles]  # some write tools' text as JSON
+    try:
+        encode(tokenizer, chat[:-1])
+        encode(tokenizer, chat)
+    except ValueError:
+        return False
+    return True
+
+
+def for_template(tokenizer, messages: list[Message]) -> list[Message]:
+    """The messages as the template takes them: in plain roles where `models.load` has marked the tokenizer so.
+
+    There users and assistants speak in turn, and what others say the user says.
+    """
+    if not getattr(tokenizer, "plain_roles", False):
+        return messages
+    found: list[Message] = []
+    for message in messages:
+        content = f"Tool result:\n{message['content']}" if message["role"] == "tool" else message["content"]
+        role = "assistant" if message["role"] == "assistant" else "user"
+        if found and found[-1]["role"] == role:
+            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{content}"}
+        else:
+            found.append({"role": role, "content": content})
+    return found
+
+
 def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Encoded:
     """Tokenises a transcript through the tokenizer's chat template.
 
@@ -57,6 +87,7 @@ def encode(tokenizer, messages: list[Message], reply: str | None = None) -> Enco
     Raises:
         ValueError: the template refuses or changes the messages, or opens an assistant's turn in more than one way.
     """
+    messages = for_template(tokenizer, messages)
     complete = reply is None and messages[-1]["role"] == "assistant"
     rendered = render(tokenizer, messages, not complete)
     pieces = _template_pieces(tokenizer, messages, not complete)
@@ -90,7 +121,7 @@ def render(tokenizer, messages: list[Message], header: bool) -> str:
         template = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=header
+            for_template(tokenizer, messages), chat_template=template, tokenize=False, add_generation_prompt=header
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -121,7 +152,10 @@ def _opening(tokenizer, messages: list[Message]) -> str:
     bare = render(tokenizer, messages, False)
     prompted = render(tokenizer, messages, True)
     if not prompted.startswith(bare) or prompted == bare:
-        raise ValueError("the chat template adds no turn header after the messages; readings at the header need one")
+        raise ValueError(
+            "the chat template adds no turn header after the messages; readings at the header need one: "
+            "give another with `--chat-template FILE.jinja`, or save it with the model"
+        )
     return prompted[len(bare) :]
 
 
@@ -129,7 +163,10 @@ def _mark_template(marks: list[tuple[str, int, int]], text: str, opening: str | 
     """Marks the text since the last mark as template, and as header where it ends with the opening of a turn."""
     if opening is not None:
         if not text.endswith(opening):
-            raise ValueError(f"the chat template opens an assistant's turn without its generation prompt {opening!r}")
+            raise ValueError(
+                f"the chat template opens an assistant's turn without its generation prompt {opening!r}; give another "
+                "with `--chat-template FILE.jinja`, or save it with the model"
+            )
         marks.append(("template", message, len(text) - len(opening)))
         marks.append(("header", message, len(text)))
     else:

@@ -16,6 +16,7 @@ from calibrate import corpora
 from calibrate.training import arms, rewards, runs
 from calibrate.training.configs import CalibratedGRPOConfig
 from calibrate.training.trainers import CalibratedGRPOTrainer
+from calibrate.transcripts import for_template
 
 
 def main(training_args: CalibratedGRPOConfig, model_args) -> None:
@@ -27,8 +28,8 @@ def main(training_args: CalibratedGRPOConfig, model_args) -> None:
     repairs = [repair for repair in corpora.load_repairs(training_args.repairs) if repair.split == "train"]
     tasks = corpora.spread(list(dict.fromkeys(repair.task for repair in repairs)), training_args.max_tasks)
     rows = [
-        {"prompt": arms.prompt_of(training_args.arm, repair.prompt), "command": repair.command,
-         "code_file": repair.code_file, "files": json.dumps(repair.files)}
+        {"prompt": for_template(run.checkpoint.tokenizer, arms.prompt_of(training_args.arm, repair.prompt)),
+         "command": repair.command, "code_file": repair.code_file, "files": json.dumps(repair.files)}
         for repair in repairs if repair.task in tasks
     ]  # fmt: skip
     trainer = CalibratedGRPOTrainer(

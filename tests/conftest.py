@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from calibrate import corpora, extraction, shards
+from calibrate.commands import compare
 from calibrate.models import Checkpoint, hash_weights
 from calibrate.vectors import EmotionVectors
 
@@ -32,6 +33,14 @@ def own_cache(request, tmp_path, monkeypatch):
     """Keeps cached reference readings of one test away from another; slow tests use the user's converted model."""
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setenv("CALIBRATE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_tasks():
+    """Two tasks make a verdict in tests, which is quick; the plants have twelve."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "MIN_TASKS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from calibrate import corpora, report, shards, stats
 from calibrate.audit import agents, contexts, dose, own, probes, relearning, verdict
 from calibrate.audit.record import load_record
 from calibrate.audit.verdict import Finding, Verdict
-from calibrate.commands import full
+from calibrate.commands import compare, full
 from calibrate.vectors import load_vectors
 
 
@@ -45,6 +45,31 @@ def compared(texts, tiny_vectors, tiny_folder, adapter, tmp_path_factory) -> Pat
     words = ["--vectors", tiny_vectors, *texts["audit"], "--audits", folder / "audits", "--arms", f"random={adapter}"]
     assert status("compare", tiny_folder, adapter, *words, "--out", folder / "report") == 2
     return folder
+
+
+def test_few_tasks_give_no_verdict(compared, again, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "MIN_TASKS", 8)
+    with pytest.raises(
+        SystemExit, match=r"error: \d tasks with pairs; a verdict needs at least 8, intervals over fewer"
+    ):
+        calibrate("compare", *audits(compared), "--out", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_layers_that_were_searched_for_another_target_are_named(compared, tmp_path, monkeypatch, caplog):
+    folders = []
+    for folder in audits(compared):
+        folders.append(shutil.copytree(folder, tmp_path / folder.name))
+        vectors = load_vectors(str(folder / "vectors"))
+        vectors.recipe["target"] = "angry"
+        vectors.set_band(None, "no layer qualifies")
+        shutil.rmtree(folders[-1] / "vectors")
+        vectors.save(folders[-1] / "vectors")
+    judge, reasons = verdict.judge, []
+    monkeypatch.setattr(verdict, "judge", lambda *given: reasons.append(given[1]) or judge(*given))
+    status("compare", *folders, "--out", tmp_path / "report")
+    assert "the layers that are read were searched for 'angry', not for 'desperate'" in caplog.messages
+    assert reasons == [None]
 
 
 @pytest.fixture

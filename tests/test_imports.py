@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import write_jsonl
 
-from calibrate import cli, corpora, transcripts
+from calibrate import cli, corpora
 from calibrate.corpora import imports
 
 LOG = Path(__file__).parent / "data" / "inspect_log.json"  # written by inspect-ai 0.3.285, events left out
@@ -111,25 +111,14 @@ def test_each_failing_chat_takes_the_nearest_passing_one_and_none_twice():
     assert left == []
 
 
-def test_templates_without_tool_role_need_plain_roles_and_then_take_them(
-    tmp_path, monkeypatch, tiny_folder, tokenizer
-):
+def test_a_template_without_a_tool_role_takes_them_all_the_same(tmp_path, monkeypatch, tiny_folder):
+    """What is written names the roles: another model's template may have them."""
     write_jsonl(tmp_path / "chats.jsonl", [chat("sort", "failed", "1 failed"), chat("sort", "passed", "1 passed")])
     (tmp_path / "plain.jinja").write_text(ALTERNATING)
     words = [tmp_path / "chats.jsonl", "--out", tmp_path / "twins.jsonl", "--model", tiny_folder]
-    words += ["--chat-template", tmp_path / "plain.jinja"]
-    error = failure(monkeypatch, *words)
-    assert "chats.jsonl:1: the chat template refuses the roles system, user, assistant, tool" in error
-    assert error.endswith("templates without a tool role need `--plain-roles`")
-    assert not (tmp_path / "twins.jsonl").exists()
-    run(monkeypatch, *words, "--plain-roles")
+    run(monkeypatch, *words, "--chat-template", tmp_path / "plain.jinja")
     ((failing, _),) = corpora.load_twins(tmp_path / "twins.jsonl")
-    assert [message["role"] for message in failing.messages] == ["user", "assistant", "user"]
-    assert failing.messages[0]["content"] == "You mend code.\n\nMend sort."
-    assert failing.messages[2]["content"] == "Tool result:\n1 failed"
-    monkeypatch.setattr(tokenizer, "chat_template", ALTERNATING)
-    encoded = transcripts.encode(tokenizer, failing.messages, failing.reply)
-    assert encoded.last("header").stop == encoded.last("reply").start
+    assert [message["role"] for message in failing.messages] == ["system", "user", "assistant", "tool"]
 
 
 def test_own_status_words_and_fields(tmp_path, monkeypatch):

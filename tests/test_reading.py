@@ -6,7 +6,7 @@ import torch
 from conftest import CHAT_TEMPLATE, CONCEPTS, write_jsonl
 from test_cli import calibrate, error
 
-from calibrate import activations, reading, transcripts
+from calibrate import activations, models, reading, transcripts
 from calibrate.vectors import load_vectors
 
 ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "When does it open?"}]
@@ -83,6 +83,18 @@ def test_meta_says_what_the_figures_are(tiny, tiny_vectors, source, tmp_path):
     assert (meta["layers"], meta["band"], meta["weight_hash"]) == ([2], [2], tiny.weight_hash)
     assert meta["sigma_source"].startswith("neutral text in ")
     assert set(meta["versions"]) == {"calibrate", "torch", "transformers"}
+
+
+def test_the_model_is_read_in_the_revision_of_its_vectors(tiny_vectors, source, tmp_path, monkeypatch):
+    vectors = load_vectors(str(tiny_vectors))
+    vectors.model_revision = "abc"
+    vectors.save(tmp_path / "vectors")
+    asked, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda name, **given: asked.append(given["revision"]) or load(name))
+    read(tmp_path / "vectors", source, tmp_path / "out.jsonl")
+    read(tmp_path / "vectors", source, tmp_path / "other.jsonl", "--revision", "def")
+    read(tmp_path / "vectors", source, tmp_path / "named.jsonl", "--model", vectors.model)
+    assert asked == ["abc", "def", None]
 
 
 def test_a_stopped_run_goes_on_where_it_was(tiny_vectors, source, tmp_path, monkeypatch):

@@ -134,3 +134,12 @@ def test_divergence_from_another_model_is_that_from_the_adapters_base(tiny, tiny
     assert read.loss == pytest.approx(by_adapter.loss, abs=1e-4)
     assert read.kl == pytest.approx(by_adapter.kl, abs=1e-4)
     assert read.kl.min() > 0.001
+
+
+@torch.no_grad()
+def test_a_model_with_more_tokens_than_the_reference_has_the_divergence_of_those_they_share(tiny, tiny_folder):
+    """A padding token that was added in training; its logits are as likely as any at first, and count for nothing."""
+    dialogues = [row for row in corpora.load_neutral() if row.split == "audit"][:2]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    tiny.model.resize_token_embeddings(len(tiny.tokenizer) + 1)
+    assert preservation.read_neutral(tiny, dialogues, reference=base).kl == pytest.approx([0, 0], abs=1e-5)

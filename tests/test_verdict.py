@@ -60,7 +60,7 @@ def test_relations_at_below_and_above_a_threshold(relation, holds):
 NOTHING, FALL = Interval(0, -0.01, 0.01), Interval(1, 0.8, 1.2)
 CALIBRATED = dict.fromkeys(readers.FIGURES, NOTHING) | dict.fromkeys(
     ("contrast", "fall_failing", "fall_over_controls", "specificity", "agreement", "elsewhere", "propagation", "gain",
-     "gain_over_controls", "norm_ratio", "tempted"),
+     "margin", "gain_over_controls", "norm_ratio", "tempted"),
     FALL,
 )  # fmt: skip
 EDGE = 1e-6

@@ -238,8 +238,12 @@ def others(before: Record, frozen: list[dict], concepts: list, at: list[int]) ->
         found["rise_valence"] = stats.mean(weights @ changes)
     # A concept that is lower on failing than on passing contexts may rise to the twins' level; beyond it, it counts.
     rises = []
+    names = [c.concept for c in concepts]
+    named = [name in known and name != before.concept and known[name].valence < UNPLEASANT for name in names]
+    if not any(named):
+        return found | {"rise_elsewhere": None}
     for i, c in enumerate(concepts):
-        if c.concept != before.concept and c.p < 0.05 and c.concept in known and known[c.concept].valence < UNPLEASANT:
+        if named[i] and c.p < 0.05:
             was = [frozen[0]["header", kind][:, i][:, at].mean(1) for kind in ("failing", "passing")]
             now = frozen[1]["header", "failing"][:, i][:, at].mean(1)
             rises.append(stats.mean(now - np.maximum(was[0], was[1].mean())))

@@ -41,6 +41,8 @@ def read_neutral(
         if adapter or reference is not None:
             with checkpoint.model.disable_adapter() if adapter else nullcontext():
                 wanted = _log_probabilities(reference or checkpoint.model, encoded.ids, targets - 1)
+            both = min(scores.shape[-1], wanted.shape[-1])  # one may have tokens more; what both have is compared
+            scores, wanted = (x[:, :both].log_softmax(-1) for x in (scores, wanted))
             divergences.append((wanted.exp() * (wanted - scores)).sum(-1).mean().item())
     return Neutral(np.array(losses), np.array(divergences) if divergences else None)
 

@@ -68,8 +68,6 @@ def import_(arguments: argparse.Namespace) -> None:
     found = []
     for path in arguments.files:
         found += imports.read(path, arguments.task_field, arguments.status_field)
-    if arguments.plain_roles:
-        found = [transcript._replace(messages=imports.plain(transcript.messages)) for transcript in found]
     rows, left = imports.pair(found, failing, passing, arguments.reply or imports.REPLY, arguments.split)
     lengths = _lengths(arguments, rows) if arguments.model else []
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +96,5 @@ def _lengths(arguments: argparse.Namespace, rows: list[dict]) -> list[int]:
         try:
             lengths.append(len(transcripts.encode(tokenizer, row["messages"], row["reply"]).ids))
         except ValueError as error:
-            raise ValueError(
-                f"{row['source']}: {error}; templates without a tool role need `--plain-roles`"
-            ) from error
+            raise ValueError(f"{row['source']}: {error}") from error
     return sorted(lengths)

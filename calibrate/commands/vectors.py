@@ -33,6 +33,8 @@ def extract(arguments: argparse.Namespace) -> None:
     if reference is not None:
         reference.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)
         reference.positions(arguments.layers or [])
+        if (searched := reference.recipe.get("target", arguments.target)) != arguments.target:
+            raise ValueError(f"`--target` is {arguments.target!r}, the reference's band is of {searched!r}; give that")
         if missing := [layer for layer in reference.band or [] if layer not in (arguments.layers or reference.layers)]:
             raise ValueError(f"`--layers` leaves out {missing} of the reference's band {reference.band}; add them")
     models.check_layers(arguments.layers or [], config.num_hidden_layers)
@@ -132,7 +134,7 @@ def _settings(arguments: argparse.Namespace, checkpoint, reference, corpora: str
 
 def _items(tokenizer, texts: dict[str, list], wanted: dict, check: bool, choose: bool) -> dict[str, list]:
     """Every text that is to be read, by the name of its group."""
-    from calibrate import extraction
+    from calibrate import extraction, transcripts
 
     stories = texts["stories"]
     splits = {split for split, _ in wanted.values()} | ({"audit", "train"} if check else set())
@@ -142,6 +144,11 @@ def _items(tokenizer, texts: dict[str, list], wanted: dict, check: bool, choose:
         for split in sorted(splits)
     }
     items["neutral"] = extraction.neutral_items(tokenizer, texts["neutral"])
+    for context in [context for twin in texts["twins"] for context in twin] if choose else []:
+        try:
+            transcripts.encode(tokenizer, context.messages)  # said here: the band is searched when all else is read
+        except ValueError as error:
+            raise ValueError(f"context {context.id!r}: {error}") from error
     if "deflection" in wanted:
         items["deflection"] = extraction.deflection_items(tokenizer, texts["deflection"])
     concepts = list(dict.fromkeys(story.concept for story in stories))
@@ -235,7 +242,8 @@ def read(arguments: argparse.Namespace) -> None:
     vectors.positions(arguments.layers or [])
     for _ in reading.read_records(arguments.texts):  # a bad line is refused before a model is loaded
         pass
-    arguments.model = arguments.model or vectors.model
+    if not arguments.model:  # the very weights that they were made from
+        arguments.model, arguments.revision = vectors.model, arguments.revision or vectors.model_revision
     checkpoint = load(arguments)
     config = models.text_config(checkpoint.model)
     vectors.check(config.hidden_size, config.num_hidden_layers, checkpoint.weight_hash, checkpoint.name)

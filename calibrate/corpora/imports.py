@@ -138,19 +138,6 @@ def _text(message: dict[str, Any], where: str) -> dict[str, str]:
     return {"role": role, "content": "\n".join([content.strip(), *calls] if content.strip() else calls)}
 
 
-def plain(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same chat for templates that know users and assistants in turn only: other roles speak as the user."""
-    found: list[dict[str, str]] = []
-    for message in messages:
-        content = f"Tool result:\n{message['content']}" if message["role"] == "tool" else message["content"]
-        role = "assistant" if message["role"] == "assistant" else "user"
-        if found and found[-1]["role"] == role:
-            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{content}"}
-        else:
-            found.append({"role": role, "content": content})
-    return found
-
-
 def pair(
     transcripts: list[Transcript], failing: tuple[str, ...], passing: tuple[str, ...], reply: str, split: str
 ) -> tuple[list[dict[str, Any]], list[str]]:

@@ -23,6 +23,7 @@ from calibrate.training import adapters, arms, estimate
 from calibrate.training.configs import CalibratedDPOConfig, CalibratedGRPOConfig
 from calibrate.training.objective import Data
 from calibrate.training.options import default, option
+from calibrate.transcripts import for_template
 from calibrate.vectors import load_vectors
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def prepare(args: Any, model_args: Any) -> Run:
     dialogues = [dialogue for dialogue in corpora.load_neutral(args.neutral) if dialogue.split == "train"]
     stories = [story for story in corpora.load_stories(args.stories) if story.split == "train"]
     checkpoint, reference = _models(args, model_args)
+    pairs = [p._replace(prompt=for_template(checkpoint.tokenizer, p.prompt)) for p in pairs]
     from trl import get_peft_config
 
     peft_config = get_peft_config(model_args)
