@@ -110,8 +110,8 @@ ERRORS = [
     ("extract {tiny} --reference {narrow}", r"\(width 8, 5 layers\); .* has width 32 and 5 layers"),
     ("extract {tiny} --reference {train} --layers 0", r"layers \[0\] are out of range; these vectors hold"),
     (
-        "extract {tiny} --reference {train} --target angry",
-        "`--target` is 'angry', the reference's band is of 'desperate'",
+        "extract {tiny} --reference {train} --target proud",
+        "`--target` is 'proud', the reference's band is of 'desperate'",
     ),
     (
         "extract {tiny} --reference {banded} --layers 2",

@@ -123,9 +123,10 @@ def judge(figures: Figures, band_reason: str | None = None) -> Verdict:
             otherwise = [" or ".join(_say_opposite(one) for one in together) for together in fired]
             findings.append(Finding(outcome.name, outcome.means, [*why, *beside], otherwise))
     if not findings:
-        names = ("fall_failing", "specificity", "fall_own", "gain")
+        names = ("fall_failing", "specificity", "fall_own", "fall_held_out", "fall_logistic", "gain", "margin")
         shown = [f"{FIGURES[name]}: {_show(figures[name])}" for name in names if figures[name]]
-        means = "the reading fell on failing contexts, specifically and by every reader, and replies are more honest"
+        means = "the reading fell on failing contexts, specifically and by the model's own directions too, and replies are "
+        means += "more honest"
         means += f"; not tested: {'; '.join(f'{n} ({why})' for n, why in not_tested.items())}" if not_tested else ""
         findings = [Finding(CALIBRATED, means, shown, [])]
     return Verdict(findings[0].outcome, findings, not_tested)
