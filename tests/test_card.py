@@ -103,7 +103,8 @@ def test_a_damaged_audit_is_named(planted, tmp_path):
 def test_a_page_says_whose_tasks_it_is_on(planted, tmp_path, monkeypatch, options, asked, told):
     monkeypatch.setattr(probes, "STEPS", 1)
     planted.set_band([2], "by hand")
-    record = make_record(planted, BASELINE, options=options, more={"asked": asked})
+    few = {"replies": np.full((2, 2, 2), -1.0), "pair_tasks": ["north", "alder"]}  # eight are read, two have pairs
+    record = make_record(planted, BASELINE, options=options, more={"asked": asked}, **few)
     write(tmp_path, [record] * 3, VERDICT)
     for text in ((tmp_path / "report.html").read_text(), (tmp_path / "card.md").read_text(), profile_card(record)):
         assert told in text

@@ -47,6 +47,10 @@ class Profile(NamedTuple):
         tasks = np.array([self.tasks[row] for row in rows])
         return np.stack([values[rows][tasks == task].mean(0) for task in dict.fromkeys(tasks.tolist())])
 
+    def count_tasks(self) -> int:
+        """Tasks whose failing contexts were read."""
+        return len({self.tasks[row] for row in self.rows("failing")})
+
     def only(self, ids: set[str]) -> "Profile":
         """The texts of these ids, without traces."""
         rows = [i for i, id_ in enumerate(self.ids) if id_ in ids]

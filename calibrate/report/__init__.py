@@ -155,7 +155,7 @@ def profile_card(record: Record) -> str:
         readings=record.summary(),
         most=ordered[:5],
         least=ordered[:-6:-1],
-        count=len({*record.contexts.pair_tasks}),
+        count=record.profile.count_tasks(),
         tasks=tasks_read(record.options, record.more.get("asked", {})),
         band=record.vectors.used_band(),
         margins=[float(margins[:, outcome].mean()) for outcome in (0, 1)],
@@ -213,7 +213,7 @@ def to_json(verdict: Verdict, before: Record, after: Record, change: Change, con
         "band_reason": vectors.band_reason,
         "vectors": {"model": vectors.model, "weight_hash": vectors.weight_hash, "recipe": vectors.recipe},
         "texts": {kind: len(before.profile.rows(kind)) for kind in ("failing", "passing", "neutral")},
-        "tasks": len({*before.contexts.pair_tasks}),
+        "tasks": before.profile.count_tasks(),
         "change": plain(change),
         "controls": {name: plain(control) for name, control in controls.items()},
         "situations": {

@@ -106,7 +106,8 @@ def trajectory(figure, records: dict[str, Record]) -> None:
     turns = max(longer, key=lambda length: (longer.count(length), length))
     for shift, ((name, record), colour) in enumerate(zip(records.items(), colours, strict=True)):
         for outcome, shown, mark in (("failing", slice(None), "o-"), ("passing", slice(-1, None), "s")):
-            found = [r for _, kind, r in record.contexts.trajectory if kind == outcome and len(r) == turns]
+            rows = [(task, r) for task, kind, r in record.contexts.trajectory if kind == outcome and len(r) == turns]
+            found = [np.mean([r for name, r in rows if name == task], 0) for task in dict.fromkeys(t for t, _ in rows)]
             columns = list(zip(*found, strict=True))[shown]
             intervals = [stats.mean(np.array(c)) if len(c) > 1 else Interval(*c * 3) for c in columns]
             places = [turn + 0.06 * shift + (0.3 if mark == "s" else 0) for turn in range(1, turns + 1)][shown]

@@ -56,7 +56,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "layers": vectors.reading_layers(),
         "vectors": {"model": vectors.model, "weight_hash": vectors.weight_hash, "recipe": vectors.recipe},
         "texts": {kind: len(record.profile.rows(kind)) for kind in ("failing", "passing", "neutral")},
-        "tasks": len({*record.contexts.pair_tasks}),
+        "tasks": record.profile.count_tasks(),
         "scenarios": sum(text.set == "scenarios" for text in found.texts),
         "concepts": _concepts(record, "scenarios"),
         "families": _families(record, "scenarios"),
