@@ -84,7 +84,8 @@ def load(
 def _adapter_hash(model: Any) -> str:
     """A short hash of base and adapter: of their values, and of how much an adapter's count."""
     config = model.peft_config["default"].to_dict()
-    counts = {key: config.get(key) for key in ("lora_alpha", "alpha", "alpha_pattern", "use_rslora", "use_dora")}
+    counts = {key: config.get(key) for key in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")}
+    counts |= {"alpha": config["alpha"]} if "alpha" in config else {}  # of LoHa and LoKr
     return hashlib.sha256(f"{hash_weights(model)}{json.dumps(counts, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
@@ -130,11 +131,10 @@ def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None
             f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
             "`tokenizer.chat_template` and save it"
         )
-    tokenizer.plain_roles = not transcripts.takes_roles(tokenizer)
+    tokenizer.plain_roles = transcripts.plain_roles(tokenizer)
     if tokenizer.plain_roles:
-        logger.warning(
-            "the chat template of %s does not take system text and tool results as they are: the user says them", name
-        )
+        roles = " and ".join(tokenizer.plain_roles)
+        logger.warning("the chat template of %s does not take the roles %s as they are: the user says it", name, roles)
 
 
 def _to_device(model: Any) -> Any:

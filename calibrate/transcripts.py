@@ -48,29 +48,36 @@ def encode_text(tokenizer, text: str) -> Encoded:
     return Encoded(ids, [Span("text", 0, 0, len(ids))], [tuple(pair) for pair in tokens["offset_mapping"]], text)
 
 
-def takes_roles(tokenizer) -> bool:
-    """Whether the template takes system text, tool results and a user's turn after them, and writes all as it is."""
+def plain_roles(tokenizer) -> tuple[str, ...]:
+    """The roles that the template refuses or rewrites, and whose text it takes from the user: `tool`, `system` too.
+
+    None where it takes all as they are, and where it would not take them from the user either.
+    """
     roles = ("system", "user", "assistant", "tool", "user")
     chat = [{"role": role, "content": f'{role} says\n{{"a": 1}}'} for role in roles]  # some write tools' text as JSON
-    try:
-        encode(tokenizer, chat[:-1])
-        encode(tokenizer, chat)
-    except ValueError:
-        return False
-    return True
+    for folded in ((), ("tool",), ("system", "tool")):
+        try:
+            for messages in (chat[:-1], chat):
+                encode(tokenizer, _folded(messages, folded))
+        except ValueError:
+            continue
+        return folded
+    return ()
 
 
 def for_template(tokenizer, messages: list[Message]) -> list[Message]:
-    """The messages as the template takes them: in plain roles where `models.load` has marked the tokenizer so.
+    """The messages as the template takes them: the user says what `models.load` found that others cannot say."""
+    return _folded(messages, getattr(tokenizer, "plain_roles", ()))
 
-    There users and assistants speak in turn, and what others say the user says.
-    """
-    if not getattr(tokenizer, "plain_roles", False):
+
+def _folded(messages: list[Message], roles: tuple[str, ...]) -> list[Message]:
+    """With what these roles say said by the user, in turn with the assistant."""
+    if not roles:
         return messages
     found: list[Message] = []
     for message in messages:
         content = f"Tool result:\n{message['content']}" if message["role"] == "tool" else message["content"]
-        role = "assistant" if message["role"] == "assistant" else "user"
+        role = "user" if message["role"] in roles else message["role"]
         if found and found[-1]["role"] == role:
             found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{content}"}
         else:

@@ -157,7 +157,7 @@ class Reweighter(PipelineStep):
 
     def __init__(self, table: dict[str, Any], topic: str | None = None, format: str | None = None, seed: int = 0):
         super().__init__()
-        if table["columns"] != [topic, format]:
+        if table.get("columns", [topic, format]) != [topic, format]:  # none in what `fit_weights` gives
             there, fitted = ({"topic": a, "format": b} for a, b in ((topic, format), table["columns"]))
             raise ValueError(f"the table was fitted with the columns {fitted}, and {there} are given; give those")
         self.table, self.topic, self.format, self.seed = table, topic, format, seed

@@ -15,7 +15,7 @@ from data_curation.documents import ROW, ShardReader, place, row_number
 from data_curation.inputs import Shard, digest
 from data_curation.writing import key_hash, write_json
 
-LAYOUT = 1
+LAYOUT = 2
 MANIFEST, SHARDS, STATE = "run.json", "shards.json", "state"
 PARTS = (STATE, "scores", "columns", "weights", "documents", "kept", "dropped", "tagged", "cooldown")
 FILES = ("set_aside.jsonl", "table.json")
@@ -76,6 +76,8 @@ def load_complete(folder: Path, kind: str) -> dict[str, Any]:
     manifest = load(folder)
     if (found := manifest["made_from"]["kind"]) != kind:
         raise ValueError(f"{folder} is the result of `curate {found}`, and of `curate {kind}` is wanted")
+    if manifest["made_from"].get("layout") != LAYOUT:
+        raise ValueError(f"{folder} is of another version of `curate`; run its `curate {kind}` again, with --fresh")
     if not manifest["complete"]:
         raise ValueError(f"{folder} is not complete; run its `curate {kind}` again, it goes on where it stopped")
     for path, before in manifest["made_from"]["input"].items():

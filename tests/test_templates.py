@@ -9,7 +9,7 @@ from test_cli import calibrate
 from test_recipes import arguments, recipe, run
 from transformers import AutoTokenizer
 
-from calibrate import corpora, models, transcripts
+from calibrate import commands, corpora, models, transcripts
 from calibrate.corpora import situations
 
 # As Gemma 2 has it: users and the model in turn, nothing else, each trimmed.
@@ -59,16 +59,29 @@ def save(tiny_folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("template", "plain"), [(CHAT_TEMPLATE, False), (ALTERNATING, True), (ENCODING, True)])
-def test_the_template_says_whether_roles_are_plain(save, caplog, template, plain):
+# Opens a past answer otherwise than the next one: nobody's roles are at fault.
+THINKING = CHAT_TEMPLATE.replace("assistant\\n{% endif %}", "assistant\\n<think></think>{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (CHAT_TEMPLATE, ()),
+        (ALTERNATING, ("system", "tool")),
+        (ENCODING, ("tool",)),
+        (HEADERLESS, ()),
+        (THINKING, ()),
+    ],
+)
+def test_the_template_says_which_roles_the_user_speaks_for(save, caplog, template, roles):
     folder = save(template)
     for tokenizer in (models.load(str(folder)).tokenizer, models.load_tokenizer(str(folder))):
-        assert tokenizer.plain_roles is plain
-        text = transcripts.encode(tokenizer, CHAT).text
-        assert ("Tool result:\n1 failed\n\nAgain." in text) is plain
-        assert ("You mend code.\n\nMend sort." in text) is plain
-    said = f"the chat template of {folder} does not take system text and tool results as they are: the user says them"
-    assert caplog.messages.count(said) == 2 * plain
+        assert tokenizer.plain_roles == roles
+        text = " ".join(message["content"] for message in transcripts.for_template(tokenizer, CHAT))
+        assert ("Tool result:\n1 failed\n\nAgain." in text) is ("tool" in roles)
+        assert ("You mend code.\n\nMend sort." in text) is ("system" in roles)
+    said = f"the chat template of {folder} does not take the roles {' and '.join(roles)} as they are: the user says it"
+    assert caplog.messages.count(said) == (2 if roles else 0)
 
 
 def test_plain_roles_speak_in_turn(save):
@@ -80,8 +93,20 @@ def test_plain_roles_speak_in_turn(save):
         ("user", "Tool result:\n1 failed\n\nAgain."),
     ]
     assert transcripts.for_template(tokenizer, found) == found
-    tokenizer.plain_roles = False
+    tokenizer.plain_roles = ("tool",)
+    assert [message["role"] for message in transcripts.for_template(tokenizer, CHAT)] == [
+        "system", "user", "assistant", "user"
+    ]  # fmt: skip
+    tokenizer.plain_roles = ()
     assert transcripts.for_template(tokenizer, CHAT) is CHAT
+
+
+def test_what_was_read_says_whose_words_the_user_spoke(save):
+    tokenizer = models.load_tokenizer(str(save(ALTERNATING)))
+    checkpoint = models.Checkpoint(None, tokenizer, "m", "m", "0")
+    assert commands.identity(checkpoint)["plain_roles"] == ["system", "tool"]
+    tokenizer.plain_roles = ()
+    assert "plain_roles" not in commands.identity(checkpoint)
 
 
 @pytest.mark.parametrize("template", [ALTERNATING, ENCODING])
@@ -114,7 +139,8 @@ def test_a_template_without_a_turn_header_is_named_before_anything_is_read(save,
 
 
 def test_contexts_that_the_template_refuses_are_named_before_stories_are_read(save, tmp_path):
-    picky = "{%- if 'Tool result' in message['content'] %}{{ raise_exception('no') }}{% endif %}{{- message['content']"
+    refused = "'Tool result' in message['content'] and 'tool says' not in message['content']"  # all but the probe
+    picky = f"{{%- if {refused} %}}{{{{ raise_exception('no') }}}}{{% endif %}}{{{{- message['content']"
     folder = save(ALTERNATING.replace("{{- message['content']", picky))
     with pytest.raises(SystemExit, match=r"context '.*': the chat template refuses the roles user, assistant, user"):
         calibrate("extract", folder, "--out", tmp_path / "v")

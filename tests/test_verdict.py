@@ -60,7 +60,7 @@ def test_relations_at_below_and_above_a_threshold(relation, holds):
 NOTHING, FALL = Interval(0, -0.01, 0.01), Interval(1, 0.8, 1.2)
 CALIBRATED = dict.fromkeys(readers.FIGURES, NOTHING) | dict.fromkeys(
     ("contrast", "fall_failing", "fall_over_controls", "specificity", "agreement", "elsewhere", "propagation", "gain",
-     "margin", "gain_over_controls", "norm_ratio", "tempted"),
+     "margin", "fall_own", "gain_over_controls", "norm_ratio", "tempted"),
     FALL,
 )  # fmt: skip
 EDGE = 1e-6
@@ -143,7 +143,7 @@ def test_what_undoes_an_outcome_is_its_opposite():
 def test_calibrated_shows_what_speaks_for_it():
     (finding,) = judge(CALIBRATED | {"specificity": None}).findings
     assert finding.figures[0] == "fall on failing contexts, turn header (sigma): 1 [0.8, 1.2]"
-    assert len(finding.figures) == 3  # what could not be formed is left out
+    assert len(finding.figures) == 6  # what could not be formed is left out
     assert finding.otherwise == []
 
 

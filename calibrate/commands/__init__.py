@@ -39,7 +39,13 @@ def identity(checkpoint) -> dict:
         "weight_hash": checkpoint.weight_hash,
         "adapter": checkpoint.adapter_hash,
         "chat_template": digest(checkpoint.tokenizer.chat_template),
-    }
+    } | plain_roles(checkpoint.tokenizer)
+
+
+def plain_roles(tokenizer) -> dict:
+    """The roles whose text the user says, for what tells one rendering from another."""
+    found = getattr(tokenizer, "plain_roles", ())
+    return {"plain_roles": list(found)} if found else {}
 
 
 def check_splits(splits: list[str], stories: list, why: str = "") -> None:

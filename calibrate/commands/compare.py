@@ -37,11 +37,7 @@ def compare(arguments: argparse.Namespace) -> None:
     _check_shapes(models, arguments)
     plan = _plan(models, arguments)
     before = load_record(_audited(*plan[arguments.before]))
-    if (count := len({*before.contexts.pair_tasks})) < MIN_TASKS:
-        raise ValueError(
-            f"{count} tasks with pairs; a verdict needs at least {MIN_TASKS}, intervals over fewer are too narrow: "
-            "give more tasks, or look at each audit by itself"
-        )
+    _check_tasks({*before.contexts.pair_tasks})
     controls = {name: readers.compare(before, load_record(_audited(*plan[model]))) for name, model in arguments.arms}
     beside = {name: control.by_task for name, control in controls.items()}
     # Adopted vectors have no band and no reason either: no search was made, whose result could be a verdict.
@@ -68,6 +64,15 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"Report: {arguments.out / 'report.html'}")
     if outcome.outcome != verdict.CALIBRATED:
         sys.exit(NOT_CALIBRATED)
+
+
+def _check_tasks(tasks: set[str]) -> None:
+    """Raises ValueError where a verdict would be on too few tasks."""
+    if len(tasks) < MIN_TASKS:
+        raise ValueError(
+            f"{len(tasks)} tasks with pairs; a verdict needs at least {MIN_TASKS}, as intervals over fewer are "
+            "too narrow: give more tasks, or look at each audit by itself"
+        )
 
 
 def _check_unused(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
@@ -139,7 +144,9 @@ def _plan(names: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, tu
         if _is_audit(name):
             options = load_record(folder).options
         else:
-            options = audit.prepare(given).options
+            ready = audit.prepare(given)
+            options = ready.options
+            _check_tasks({pair.task for pair in ready.texts["pairs"]})
             folder = arguments.audits / f"{folder.name}-{digest(options)}"
         plan[name] = folder, given, options
         _, _, first = plan[names[0]]

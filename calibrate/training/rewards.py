@@ -79,6 +79,11 @@ class ReadingReward:
         args, accelerator = self.trainer.args, self.trainer.accelerator
         texts = []
         for prompt, completion in zip(prompts, completion_ids, strict=True):
+            if transcripts.for_template(self.trainer.processing_class, prompt) != prompt:
+                raise ValueError(
+                    "a prompt has roles that the chat template does not take as they are, so that it is answered in "
+                    "another form than it is read: pass prompts through `calibrate.transcripts.for_template` first"
+                )
             before = transcripts.encode(self.trainer.processing_class, prompt).ids
             texts.append((before + list(completion), len(before)))
         scores = self.read(texts, args.reading_by).to(accelerator.device)
