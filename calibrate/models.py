@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Generator
@@ -13,10 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from calibrate import transcripts
 from calibrate.default_model import DEFAULT_REPOSITORY, default_folder, resolve_default
-
-logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
@@ -131,10 +127,6 @@ def _set_template(tokenizer: Any, name: str, chat_template: Path | None) -> None
             f"the tokenizer of {name!r} has no chat template; give one with `--chat-template FILE.jinja`, or set "
             "`tokenizer.chat_template` and save it"
         )
-    tokenizer.plain_roles = transcripts.plain_roles(tokenizer)
-    if tokenizer.plain_roles:
-        roles = " and ".join(tokenizer.plain_roles)
-        logger.warning("the chat template of %s does not take the roles %s as they are: the user says it", name, roles)
 
 
 def _to_device(model: Any) -> Any:

@@ -142,7 +142,7 @@ def _meta(checkpoint: Checkpoint, vectors: EmotionVectors, source: Path, layers:
         "weight_hash": checkpoint.weight_hash,
         "adapter": checkpoint.adapter_hash,
         "chat_template": checkpoint.tokenizer.chat_template,
-        "plain_roles": list(getattr(checkpoint.tokenizer, "plain_roles", ())),
+        "plain_roles": list(transcripts.plain_roles(checkpoint.tokenizer)),
         "vectors": {
             "model": vectors.model,
             "weight_hash": vectors.weight_hash,

@@ -5,10 +5,12 @@ turn), `reply` (the last assistant turn), `template` (every other token that the
 """
 
 import bisect
+import logging
 from typing import NamedTuple
 
 import jinja2
 
+logger = logging.getLogger(__name__)
 Message = dict[str, str]
 
 
@@ -51,28 +53,36 @@ def encode_text(tokenizer, text: str) -> Encoded:
 def plain_roles(tokenizer) -> tuple[str, ...]:
     """The roles that the template refuses or rewrites, and whose text it takes from the user: `tool`, `system` too.
 
-    None where it takes all as they are, and where it would not take them from the user either.
+    None where it takes all as they are, and where it would not take them from the user either. Found once for each
+    template, and kept with the tokenizer.
     """
+    known, found = getattr(tokenizer, "plain_roles", (None, ()))
+    if known is None or known != tokenizer.chat_template:
+        found = _find_plain_roles(tokenizer)
+        tokenizer.plain_roles = tokenizer.chat_template, found
+        if found:
+            said = "the chat template of %s does not take the roles %s as they are: the user says it"
+            logger.warning(said, tokenizer.name_or_path, " and ".join(found))
+    return found
+
+
+def _find_plain_roles(tokenizer) -> tuple[str, ...]:
     roles = ("system", "user", "assistant", "tool", "user")
     chat = [{"role": role, "content": f'{role} says\n{{"a": 1}}'} for role in roles]  # some write tools' text as JSON
-    for folded in ((), ("tool",), ("system", "tool")):
+    for found in ((), ("tool",), ("system", "tool")):
+        tokenizer.plain_roles = tokenizer.chat_template, found
         try:
-            for messages in (chat[:-1], chat):
-                encode(tokenizer, _folded(messages, folded))
+            encode(tokenizer, chat[:-1])
+            encode(tokenizer, chat)
         except ValueError:
             continue
-        return folded
+        return found
     return ()
 
 
 def for_template(tokenizer, messages: list[Message]) -> list[Message]:
-    """The messages as the template takes them: the user says what `models.load` found that others cannot say."""
-    return _folded(messages, getattr(tokenizer, "plain_roles", ()))
-
-
-def _folded(messages: list[Message], roles: tuple[str, ...]) -> list[Message]:
-    """With what these roles say said by the user, in turn with the assistant."""
-    if not roles:
+    """The messages as the template takes them: the user says what `plain_roles` cannot, in turn with the assistant."""
+    if not (roles := plain_roles(tokenizer)):
         return messages
     found: list[Message] = []
     for message in messages:

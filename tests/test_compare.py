@@ -50,7 +50,7 @@ def compared(texts, tiny_vectors, tiny_folder, adapter, tmp_path_factory) -> Pat
 def test_few_tasks_give_no_verdict(compared, again, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "MIN_TASKS", 8)
     with pytest.raises(
-        SystemExit, match=r"error: \d tasks with pairs; a verdict needs at least 8, intervals over fewer"
+        SystemExit, match=r"error: \d tasks with pairs; a verdict needs at least 8, as intervals over fewer"
     ):
         calibrate("compare", *audits(compared), "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()

@@ -171,7 +171,9 @@ def test_every_claim_that_has_figures_is_drawn_with_its_arms(audits, tmp_path):
     before, after = (a._replace(more=steered | r | m) for a, r, m in zip(audits, relearning, ({}, more), strict=False))
     page = write(tmp_path, [before, after, audits[2]], arm="shuffled")
     titles = elements(page, "h3")
-    assert [title for title in titles if title in report.CLAIMS] == [*report.CLAIMS]
+    # Of the concepts here none but the target is unpleasant.
+    formed = [title for title in report.CLAIMS if title != "Nothing rose in its place (sigma)"]
+    assert [title for title in titles if title in report.CLAIMS] == formed
     drawn = elements(page, "text")
     assert "fall on failing contexts, turn header" in drawn
     assert drawn.count("shuffled") > 10

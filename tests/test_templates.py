@@ -76,7 +76,7 @@ THINKING = CHAT_TEMPLATE.replace("assistant\\n{% endif %}", "assistant\\n<think>
 def test_the_template_says_which_roles_the_user_speaks_for(save, caplog, template, roles):
     folder = save(template)
     for tokenizer in (models.load(str(folder)).tokenizer, models.load_tokenizer(str(folder))):
-        assert tokenizer.plain_roles == roles
+        assert transcripts.plain_roles(tokenizer) == roles
         text = " ".join(message["content"] for message in transcripts.for_template(tokenizer, CHAT))
         assert ("Tool result:\n1 failed\n\nAgain." in text) is ("tool" in roles)
         assert ("You mend code.\n\nMend sort." in text) is ("system" in roles)
@@ -93,11 +93,11 @@ def test_plain_roles_speak_in_turn(save):
         ("user", "Tool result:\n1 failed\n\nAgain."),
     ]
     assert transcripts.for_template(tokenizer, found) == found
-    tokenizer.plain_roles = ("tool",)
+    tokenizer.plain_roles = ALTERNATING, ("tool",)
     assert [message["role"] for message in transcripts.for_template(tokenizer, CHAT)] == [
         "system", "user", "assistant", "user"
     ]  # fmt: skip
-    tokenizer.plain_roles = ()
+    tokenizer.plain_roles = ALTERNATING, ()
     assert transcripts.for_template(tokenizer, CHAT) is CHAT
 
 
@@ -105,7 +105,7 @@ def test_what_was_read_says_whose_words_the_user_spoke(save):
     tokenizer = models.load_tokenizer(str(save(ALTERNATING)))
     checkpoint = models.Checkpoint(None, tokenizer, "m", "m", "0")
     assert commands.identity(checkpoint)["plain_roles"] == ["system", "tool"]
-    tokenizer.plain_roles = ()
+    tokenizer.plain_roles = ALTERNATING, ()
     assert "plain_roles" not in commands.identity(checkpoint)
 
 

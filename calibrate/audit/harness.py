@@ -30,7 +30,7 @@ def read(checkpoint: Checkpoint, vectors: EmotionVectors, twins: list[tuple[Cont
     """
     contexts = [context for twin in twins for context in twin]
     tokenizer = copy.copy(checkpoint.tokenizer)
-    tokenizer.chat_template, tokenizer.plain_roles = TEMPLATE, ()
+    tokenizer.chat_template, tokenizer.plain_roles = TEMPLATE, (TEMPLATE, ())  # `dressed` speaks for tools
     encoded = [transcripts.encode(tokenizer, dressed(c.messages), c.reply) for c in contexts]
     window = models.window(checkpoint.model)
     for context, text in zip(contexts, encoded, strict=True):

@@ -5,6 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from calibrate import transcripts
+
 
 def load(arguments: argparse.Namespace):
     from calibrate import models
@@ -39,13 +41,8 @@ def identity(checkpoint) -> dict:
         "weight_hash": checkpoint.weight_hash,
         "adapter": checkpoint.adapter_hash,
         "chat_template": digest(checkpoint.tokenizer.chat_template),
-    } | plain_roles(checkpoint.tokenizer)
-
-
-def plain_roles(tokenizer) -> dict:
-    """The roles whose text the user says, for what tells one rendering from another."""
-    found = getattr(tokenizer, "plain_roles", ())
-    return {"plain_roles": list(found)} if found else {}
+        **({"plain_roles": list(plain)} if (plain := transcripts.plain_roles(checkpoint.tokenizer)) else {}),
+    }
 
 
 def check_splits(splits: list[str], stories: list, why: str = "") -> None:
