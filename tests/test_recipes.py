@@ -123,7 +123,7 @@ def test_a_mistake_is_one_line(tiny_folder, tiny_vectors, tmp_path, monkeypatch,
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_grpo_rewards_the_tests_of_each_training_task(tmp_path, monkeypatch):
+def test_grpo_rewards_the_tests_of_each_training_task(tmp_path, monkeypatch, tokenizer):
     """Two training tasks with files of their own, one of another split: mended code passes its own task's test."""
     rows = [
         {"id": name, "task": name, "split": split, "prompt": [{"role": "user", "content": f"Mend {name}."}],
@@ -139,7 +139,9 @@ def test_grpo_rewards_the_tests_of_each_training_task(tmp_path, monkeypatch):
     args = SimpleNamespace(repairs=write_jsonl(tmp_path / "repairs.jsonl", rows), max_tasks=None, arm="none")
     made = {}
     main = runpy.run_path(str(recipe("grpo")))["main"]
-    run = SimpleNamespace(checkpoint=SimpleNamespace(model=0, tokenizer=0, weight_hash=""), **dict.fromkeys(PARTS))
+    run = SimpleNamespace(
+        checkpoint=SimpleNamespace(model=0, tokenizer=tokenizer, weight_hash=""), **dict.fromkeys(PARTS)
+    )
     monkeypatch.setitem(main.__globals__, "CalibratedGRPOTrainer", lambda **options: made.update(options))
     monkeypatch.setitem(
         main.__globals__, "runs", SimpleNamespace(prepare=lambda *_: run, train=lambda *_: None, FINISHED="finished")
