@@ -56,22 +56,6 @@ def test_few_tasks_give_no_verdict(compared, again, tmp_path, monkeypatch):
     assert not (tmp_path / "r").exists()
 
 
-def test_layers_that_were_searched_for_another_target_are_named(compared, tmp_path, monkeypatch, caplog):
-    folders = []
-    for folder in audits(compared):
-        folders.append(shutil.copytree(folder, tmp_path / folder.name))
-        vectors = load_vectors(str(folder / "vectors"))
-        vectors.recipe["target"] = "angry"
-        vectors.set_band(None, "no layer qualifies")
-        shutil.rmtree(folders[-1] / "vectors")
-        vectors.save(folders[-1] / "vectors")
-    judge, reasons = verdict.judge, []
-    monkeypatch.setattr(verdict, "judge", lambda *given: reasons.append(given[1]) or judge(*given))
-    status("compare", *folders, "--out", tmp_path / "report")
-    assert "the layers that are read were searched for 'angry', not for 'desperate'" in caplog.messages
-    assert reasons == [None]
-
-
 @pytest.fixture
 def again(texts, tiny_vectors, tiny_folder, adapter, compared):
     """The same once more, into another folder; returns the exit status."""
@@ -177,20 +161,25 @@ def test_without_a_band_the_verdict_is_that_of_the_search(texts, tiny_vectors, t
     assert line.endswith(" (no layer qualifies)")
 
 
-def test_vectors_without_a_search_for_a_band_are_judged_by_the_contrast(compared, tmp_path, monkeypatch):
-    """Of adopted directions: an empty reason is no finding, and the page says that none was made."""
+@pytest.mark.parametrize(("target", "reason"), [("desperate", ""), ("angry", "no layer qualifies")])
+def test_without_a_search_for_the_target_the_contrast_judges(compared, tmp_path, monkeypatch, caplog, target, reason):
+    """Adopted directions have an empty reason, which is no finding, and the page says so; nor has another target's."""
     folders = []
     for folder in audits(compared):
         folders.append(shutil.copytree(folder, tmp_path / folder.name))
         vectors = load_vectors(str(folder / "vectors"))
-        vectors.set_band(None, "")
+        vectors.recipe["target"] = target
+        vectors.set_band(None, reason)
         shutil.rmtree(folders[-1] / "vectors")
         vectors.save(folders[-1] / "vectors")
     judge, reasons = verdict.judge, []
     monkeypatch.setattr(verdict, "judge", lambda *given: reasons.append(given[1]) or judge(*given))
     status("compare", *folders, "--out", tmp_path / "report")
     assert reasons == [None]
-    assert "(fallback; no search was made)" in (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert ("(fallback; no search was made)" in page) is (target == "desperate")
+    said = "the layers that are read were searched for 'angry', not for 'desperate'"
+    assert (said in caplog.messages) is (target == "angry")
 
 
 def test_a_merged_checkpoint_is_compared_with_the_model_before(texts, tiny_vectors, tiny_folder, tmp_path):
