@@ -11,7 +11,7 @@ test: .venv/installed
 
 # On the real default model; fails where it cannot be had.
 test-slow: .venv/installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 # Models with planted faults, through `calibrate compare`: about 20 minutes on two cores with bf16 units, 30 on others.
 test-plants: .venv/installed

@@ -64,7 +64,7 @@ def features(checkpoint: Checkpoint, vectors: EmotionVectors, split: str, tasks:
         plain = transcripts.encode(tokenizer, [*context.messages, {"role": "user", "content": "Go on."}])
         for rows in seen.values():
             rows.clear()
-        branches = activations.branched(model, [text.ids for text in [*encoded, plain]], vectors.layers)
+        branches = activations.branched(model, [], vectors.layers, [text.ids for text in [*encoded, plain]])
         header = encoded[0].last("header")
         states[context.outcome].append(branches[0].states[:, header.start : header.stop].mean(1))
         for block, (first, rest) in seen.items():

@@ -202,7 +202,7 @@ def test_terms_are_those_of_the_text_at_its_positions(make, tiny):
     """Against both models' own outputs: KL of the 64 likeliest tokens and the rest, and |h - h_ref|^2 / |h_ref|^2."""
     made, texts = make(), [TEXTS["neutral"][0], TEXTS["story"][0], TEXTS["same"][0]]
     before = [outputs(tiny.model, text) for text in texts]
-    change(tiny.model)
+    change(tiny.model, 0.5)
     found = terms(made, tiny.model, 3)
     for term, name, text, (logits, states) in zip(found, ("kl", "concept_kl", "same_kl"), texts, before, strict=True):
         now, moved = outputs(tiny.model, text)
@@ -212,7 +212,7 @@ def test_terms_are_those_of_the_text_at_its_positions(make, tiny):
         p = p.gather(-1, kept)
         rest, own = 1 - p.sum(-1), 1 - q.sum(-1)
         expected = ((p * (p / q).log()).sum(-1) + rest * (rest / own).log()).mean()
-        assert term[name].item() == pytest.approx(expected.item(), rel=1e-2)
+        assert term[name].item() == pytest.approx(expected.item(), rel=1e-3)
         if name == "concept_kl":
             shares = (moved - states).square().sum(-1) / states.square().sum(-1)
             assert term["concept"].item() == pytest.approx(shares.mean().item(), rel=1e-4)

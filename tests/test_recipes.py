@@ -16,11 +16,8 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parents[1]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "single_cpu.yaml")]
 # The tiny tokenizer needs more tokens for a text; the tiny model's readings tell nothing, so no gate.
-OWN = {
-    "dpo": {"max_pairs": 4, "max_length": 2048, "max_context_tokens": 4096, "anchor_texts": 4},
-    "sft": {"max_pairs": 4, "max_length": 2048, "max_context_tokens": 4096, "anchor_texts": 4},
-    "grpo": {"auroc_gate": 0, "max_completion_length": 8},
-}
+SMALL = {"max_pairs": 4, "max_length": 2048, "max_context_tokens": 4096, "anchor_texts": 4, "contexts_per_step": 2}
+OWN = {"dpo": SMALL, "sft": SMALL, "grpo": {"auroc_gate": 0, "max_completion_length": 8}}
 
 
 PARTS = ("peft_config", "data", "pairs", "resume_from")  # of a run, beside its checkpoint

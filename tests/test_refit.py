@@ -298,7 +298,7 @@ def test_a_run_that_is_broken_off_follows_the_same_directions(make, tmp_path, ar
     A union goes on from the directions that it had before.
     """
     options = {"arm": arm, "refit_every": every, "refit_stories": 2, "refit_turns": 2, "max_steps": 5}
-    options |= {"save_strategy": "steps", "save_steps": saved, "learning_rate": 1e-2}
+    options |= {"save_strategy": "steps", "save_steps": saved, "learning_rate": 3e-2}
     unbroken = make("unbroken", **options)
     expected = train(unbroken)
     with pytest.raises(Killed):

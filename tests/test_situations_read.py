@@ -40,7 +40,10 @@ def test_every_set_becomes_chats_with_what_should_be_found():
 
 @pytest.fixture(scope="module")
 def tools(tiny_folder, tiny_vectors):
-    return models.load(str(tiny_folder)), load_vectors(str(tiny_vectors))
+    checkpoint = models.load(str(tiny_folder))
+    with torch.no_grad():  # else it repeats the end of its header for ever, an empty reply
+        checkpoint.model.get_submodule("model.layers.4.mlp.down_proj").weight *= 1000
+    return checkpoint, load_vectors(str(tiny_vectors))
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Chat templates without a tool role or a system role: from the shipped texts to an audit and to every recipe."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 from conftest import CHAT_TEMPLATE
 from test_cli import calibrate
-from test_recipes import arguments, recipe, run
+from test_recipes import arguments, recipe
 from transformers import AutoTokenizer
 
 from calibrate import commands, corpora, models, transcripts
@@ -157,7 +159,8 @@ def test_an_audit_with_such_a_template(save, tiny_vectors, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft", "grpo"])
-def test_every_recipe_with_such_a_template(save, tiny_vectors, tmp_path, kind):
-    done = run(recipe(kind), *arguments(kind, save(ALTERNATING), tiny_vectors, tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
+def test_every_recipe_with_such_a_template(save, tiny_vectors, tmp_path, monkeypatch, kind):
+    words = arguments(kind, save(ALTERNATING), tiny_vectors, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", [str(recipe(kind)), *words])
+    runpy.run_path(str(recipe(kind)), run_name="__main__")
     assert (tmp_path / "run/adapter_model.safetensors").is_file()

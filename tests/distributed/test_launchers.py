@@ -98,27 +98,24 @@ def test_two_processes_end_as_one(launcher, setup, single):
 
 
 @pytest.mark.parametrize("launcher", TYPES)
-def test_a_stopped_run_resumes_and_ends_as_an_unbroken_one(launcher, setup, tmp_path):
-    """From the first of two checkpoints; with Adam, whose moments come back too."""
+def test_a_stopped_run_resumes_and_a_killed_process_ends_the_run_with_an_error(launcher, setup, tmp_path):
+    """From the first of two checkpoints; with Adam, whose moments come back too. The others do not wait for ever."""
     cases = ["sft-lora", "dpo-full"]
     options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "save_total_limit": None}
-    for change in ({}, {"resume": True}):
-        run = launch(tmp_path, launcher, setup | {"processes": 2, "cases": cases, "options": options} | change)
-        assert run.returncode == 0, run.stderr[-6000:]
-        for name in cases:
-            written = tmp_path / f"{launcher}-{name}.safetensors"
-            if change:
-                assert_same_weights(tmp_path / f"unbroken-{name}.safetensors", written, name)
-            else:
-                written.rename(tmp_path / f"unbroken-{name}.safetensors")
-
-
-@pytest.mark.parametrize("launcher", TYPES)
-def test_a_killed_process_ends_the_run_with_an_error(launcher, setup, tmp_path):
-    """Within the time limit: the others do not wait for it for ever."""
-    run = launch(tmp_path, launcher, setup | {"processes": 2, "cases": ["sft-lora"], "kill": True}, timeout=180)
+    setup = setup | {"processes": 2, "options": options}
+    run = launch(tmp_path, launcher, setup | {"cases": [*cases, "sft-full"], "kill": "sft-full"}, timeout=300)
     assert run.returncode != 0
-    assert not (tmp_path / f"{launcher}-sft-lora.safetensors").exists()
+    assert not (tmp_path / f"{launcher}-sft-full.safetensors").exists()
+    for name in cases:
+        written = tmp_path / f"{launcher}-{name}.safetensors"
+        assert written.is_file(), run.stderr[-6000:]
+        written.rename(tmp_path / f"unbroken-{name}.safetensors")
+
+    run = launch(tmp_path, launcher, setup | {"cases": cases, "resume": True})
+    assert run.returncode == 0, run.stderr[-6000:]
+    for name in cases:
+        written = tmp_path / f"{launcher}-{name}.safetensors"
+        assert_same_weights(tmp_path / f"unbroken-{name}.safetensors", written, name)
 
 
 @pytest.mark.parametrize("launcher", ["fsdp2", "zero2", "zero3"])

@@ -48,7 +48,7 @@ def main() -> None:
         trainer = build(CASES[name], Path(setup["out"]) / setup["launcher"] / name, setup)
         accelerator = trainer.accelerator
         facts = {"processes": accelerator.num_processes, "type": accelerator.distributed_type.value}
-        if setup.get("kill"):
+        if setup.get("kill") == name:
             trainer.add_callback(Killed())
         resume = Path(setup["out"]) / setup["launcher"] / name / "checkpoint-1"
         trainer.train(resume_from_checkpoint=str(resume) if setup.get("resume") else None)
