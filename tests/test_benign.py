@@ -10,7 +10,7 @@ import pytest
 from calibrate import models
 from calibrate.audit.verdict import CALIBRATED
 
-pytestmark = [pytest.mark.plants, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.plants, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")

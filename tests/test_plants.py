@@ -12,7 +12,7 @@ from calibrate import models
 from calibrate.audit.verdict import CALIBRATED, load_rule
 from calibrate.vectors import load_vectors
 
-pytestmark = [pytest.mark.plants, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.plants, pytest.mark.timeout(3600)]
 FAILING, PASSING = (("header/" + outcome, "elsewhere/" + outcome) for outcome in ("failing", "passing"))
 
 

@@ -358,7 +358,8 @@ def test_runs_side_by_side_are_those_of_a_sweep_and_one_that_fails_is_named(tiny
     """Two real runs in forked processes; the arm `shuffled` has no vectors to press."""
     config = yaml.safe_load((ROOT / "recipes" / "smollm2-135m" / "dpo.yaml").read_text())
     config |= {"model_name_or_path": str(tiny_folder), "vectors": str(tiny_vectors), "shuffled_vectors": ""}
-    config |= {"max_pairs": 2, "max_length": 2048, "max_context_tokens": 4096, "anchor_texts": 4, "max_tasks": 2}
+    config |= {"max_pairs": 2, "max_length": 2048, "max_context_tokens": 4096, "anchor_texts": 4, "max_tasks": 2,
+               "contexts_per_step": 1, "gradient_accumulation_steps": 1}  # fmt: skip
     path, out = tmp_path / "dpo.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(config | {"max_steps": 1}))
     command = [sys.executable, ROOT / "recipes" / "sweep.py", "--config", path, "--arms", "none", "shuffled"]

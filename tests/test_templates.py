@@ -84,6 +84,8 @@ def test_the_template_says_which_roles_the_user_speaks_for(save, caplog, templat
         assert ("You mend code.\n\nMend sort." in text) is ("system" in roles)
     said = f"the chat template of {folder} does not take the roles {' and '.join(roles)} as they are: the user says it"
     assert caplog.messages.count(said) == (2 if roles else 0)
+    tokenizer.chat_template = ALTERNATING  # found anew for another template
+    assert transcripts.plain_roles(tokenizer) == ("system", "tool")
 
 
 def test_plain_roles_speak_in_turn(save):

@@ -78,6 +78,24 @@ def test_a_good_change_is_calibrated():
     assert judged.not_tested == {}
 
 
+@pytest.mark.parametrize(
+    ("changed", "outcome"),
+    [
+        ({"fall_own": NOTHING}, "evasion"),
+        ({"contrast_held_out": FALL, "fall_held_out": Interval(-1, -1.2, -0.8)}, "evasion"),
+        ({"contrast_held_out": NOTHING, "fall_held_out": Interval(-1, -1.2, -0.8)}, "calibrated"),
+        ({"fall_failing": NOTHING}, "suppression"),
+        ({"fall_failing": NOTHING, "margin": NOTHING}, "no effect"),
+        ({"fall_failing": Interval(0.4, -0.1, 0.9)}, "suppression"),
+        ({"fall_failing": Interval(0.4, -0.1, 0.9), "margin": NOTHING}, "no effect"),
+        ({"margin": NOTHING}, "no effect"),
+    ],
+)
+def test_what_takes_a_good_change_its_name(changed, outcome):
+    """Typed here a second time: the borders below are those of whatever the rule says."""
+    assert judge(CALIBRATED | changed).outcome == outcome
+
+
 @pytest.mark.parametrize(("outcome", "together", "spared"), CLAUSES)
 def test_the_border_of_every_inequality(outcome, together, spared):
     """All inequalities of a clause hold by a hair, and the outcome fires; or one fails by a hair, and it does not."""
