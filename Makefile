@@ -13,7 +13,7 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
-# Models with planted faults, through `calibrate compare`: about 20 minutes on two cores with bf16 units, 30 on others.
+# Models with planted faults, through `calibrate compare`: 20 minutes on two cores with bf16 units, up to 45 on others.
 test-plants: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile -m plants tests/test_plants.py tests/test_benign.py
 
