@@ -179,7 +179,7 @@ def read_headers(trainer, vectors) -> float:
 
 def test_the_hinge_lowers_readings_on_failing_contexts(make, tiny_vectors):
     vectors, found = load_vectors(str(tiny_vectors)), {}
-    options = {"max_steps": 10, "penalty_weight": 1.0, "optim": "sgd", "learning_rate": 3e-3, "contexts_per_step": 4}
+    options = {"max_steps": 10, "penalty_weight": 1.0, "optim": "sgd", "learning_rate": 6e-3, "contexts_per_step": 4}
     options |= {"ceiling_quantile": 0.0} | NO_ANCHORS
     for arm in ("none", "hinge-frozen"):
         trainer = make(arm=arm, **options)
